@@ -1,0 +1,65 @@
+"""Files -> rows -> messages. One row format for now: instruction / input / output.
+
+    for line, row in read_rows("data/spo_0.json"):
+        messages = instruction_messages(row, where=f"data/spo_0.json, line {line}")
+"""
+import json
+from pathlib import Path
+
+INSTRUCTION_FIELDS = ("instruction", "input", "output")
+
+
+def read_rows(path):
+    """Yield (line number, object) of a JSONL file, or (place in the list, object) of a JSON array.
+
+    Raises ValueError naming the file and the line: not there, empty, not UTF-8, not JSON, not an object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 (byte {error.start}). Convert it, e.g. iconv -f GBK -t UTF-8.") from None
+    if not text.strip():
+        raise ValueError(f"{path}: the file is empty.")
+    is_array = text.lstrip().startswith("[")
+    for number, row in _array(text, path) if is_array else _lines(text, path):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, {'entry' if is_array else 'line'} {number}: expected an object, found {row!r:.60}.")
+        yield number, row
+
+
+def _array(text, path):
+    try:
+        yield from enumerate(json.loads(text), 1)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg}).") from None
+
+
+def _lines(text, path):
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error.msg}): {line[:60]!r}") from None
+            yield number, row
+
+
+def instruction_messages(row, where, needs_output=True):
+    """instruction / input / output -> user and assistant messages; the question is both texts with nothing between.
+
+    needs_output: without it a row may lack `output` (prediction), and has then no assistant message.
+    Raises ValueError naming `where`, the field, and the fields found.
+    """
+    for name in INSTRUCTION_FIELDS:
+        if name == "output" and not needs_output and name not in row:
+            continue
+        if not isinstance(row.get(name), str):
+            problem = f"is {row[name]!r:.40}, not a string" if name in row else "is missing"
+            raise ValueError(f"{where}: field {name!r} {problem}; the fields found are {sorted(row)}.")
+    messages = [{"role": "user", "content": row["instruction"] + row["input"]}]
+    if "output" in row:
+        messages.append({"role": "assistant", "content": row["output"]})
+    return messages

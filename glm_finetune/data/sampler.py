@@ -1,0 +1,39 @@
+"""Which rows belong to which optimizer step, micro-batch and rank. The order depends on seed and epoch alone.
+
+An optimizer step takes `micro_batch_size * num_accumulate * world_size` rows of the epoch's order. The last step of an
+epoch takes what is left, spread evenly; a micro-batch may then be empty, and its rank joins with a row without targets.
+
+    sampler = StepSampler(len(dataset), micro_batch_size=2, num_accumulate=4, world_size=2, seed=1234)
+    sampler.micro_batches(epoch=0, step=0, rank=1)  # -> 4 lists of row numbers
+"""
+import math
+
+import torch
+
+
+class StepSampler:
+    """Every row once in an epoch, for every number of ranks; the same rows in a step however it is split."""
+
+    def __init__(self, num_rows, micro_batch_size, num_accumulate, world_size, seed, shuffle=True):
+        self.num_rows, self.seed, self.shuffle = num_rows, seed, shuffle
+        self.num_accumulate, self.world_size = num_accumulate, world_size
+        self.rows_per_step = micro_batch_size * num_accumulate * world_size
+        self.steps_per_epoch = math.ceil(num_rows / self.rows_per_step)
+        self._order_of = None  # the epoch whose order is cached
+        self._order = None
+
+    def order(self, epoch):
+        """The rows of an epoch as a list, shuffled by (seed, epoch)."""
+        if self._order_of != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            rows = torch.randperm(self.num_rows, generator=generator) if self.shuffle else torch.arange(self.num_rows)
+            self._order_of, self._order = epoch, rows.tolist()
+        return self._order
+
+    def micro_batches(self, epoch, step, rank):
+        """Row numbers of the `num_accumulate` micro-batches of one rank; step counts from 0 within the epoch."""
+        rows = self.order(epoch)[step * self.rows_per_step : (step + 1) * self.rows_per_step]
+        num_slots = self.num_accumulate * self.world_size
+        bounds = [len(rows) * i // num_slots for i in range(num_slots + 1)]
+        slots = [rows[start:end] for start, end in zip(bounds, bounds[1:])]
+        return slots[rank :: self.world_size]

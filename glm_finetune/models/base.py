@@ -1,0 +1,152 @@
+"""What both model files build on: a config that keeps the original file, and a strict `from_pretrained`.
+
+transformers gives `generate()`, gradient checkpointing and what peft needs. Loading is ours: transformers warns about
+names that do not fit, here they are an error, and every weight is read once, straight into the dtype asked for.
+"""
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from glm_finetune import weights
+from glm_finetune.models.layers import head_loss
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+class OriginalConfig(PreTrainedConfig):
+    """A config.json of the original project. `source` keeps it as it was read, so that it can be written back."""
+
+    model_type = "chatglm"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    required_fields = ()  # fields that a config.json of this architecture has and the other's lacks
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """Read `folder`/config.json.
+
+        Raises ValueError if it is missing, not JSON, or of another architecture.
+        """
+        path = Path(folder) / "config.json"
+        if not Path(folder).is_dir():
+            raise ValueError(f"{folder}: no such folder. Give the folder of a checkpoint on this machine.")
+        fields = weights.read_json(path)
+        missing = [name for name in cls.required_fields if name not in fields]
+        if missing:
+            raise ValueError(f"{path}: not a configuration of this --mode: it has no {missing}. ChatGLM-6B is "
+                             "--mode glm, ChatGLM2-6B and CodeGeeX2 are --mode glm2, ChatGLM3-6B is --mode glm3.")
+        config = cls(**fields)
+        config.source = fields
+        return config
+
+    def to_original(self, **changes):
+        """The fields of config.json, as read, with `changes` (None removes a field)."""
+        fields = {**self.source, **changes}
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+class OriginalModel(PreTrainedModel, GenerationMixin):
+    """Base of the two language models. Subclasses name `config_class`, `prefix_embedding_size` and their tied names."""
+
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    ignored_in_file = (r"\.inv_freq$",)  # rotary frequencies: the original stores and never reads them
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=None, config=None, device="cpu", may_miss=()):
+        """Load an original checkpoint folder, or one saved by this project.
+
+        dtype: torch.float32, bfloat16 or float16 for every weight; default: `torch_dtype` of config.json.
+        config: replaces the folder's own (to set `pre_seq_len`); may_miss: see `weights.fill`.
+        Peak memory is the model plus one tensor. Returns the model in eval mode.
+        Raises ValueError for a folder, file, name or shape that does not fit.
+        """
+        config = cls.config_class.from_pretrained(folder) if config is None else config
+        dtype = dtype or getattr(torch, config.source.get("torch_dtype", "float32"))
+        with torch.device("meta"):
+            model = cls(config)
+        new = weights.fill(model, folder, dtype, device, cls.ignored_in_file, may_miss, model.tied_names())
+        model._initialise_new(new, device)
+        model.tie_weights()
+        return model.eval()
+
+    def _initialise_new(self, names, device):
+        """Give parameters that no file had torch's default values in fp32 (a new prefix encoder, as in the original)."""
+        for owner in sorted({name.rpartition(".")[0] for name in names}):
+            module = self.get_submodule(owner).to_empty(device=device)
+            module.float().reset_parameters()
+
+    def tied_names(self):
+        """{alias in the file: parameter}; empty when the head has its own weight."""
+        return {}
+
+    def get_input_embeddings(self):
+        return self.get_submodule(self.input_embeddings_name)
+
+    def set_input_embeddings(self, module):
+        owner, _, attribute = self.input_embeddings_name.rpartition(".")
+        setattr(self.get_submodule(owner), attribute, module)
+
+    def get_output_embeddings(self):
+        return self.get_submodule(self.output_embeddings_name)
+
+    def set_output_embeddings(self, module):
+        owner, _, attribute = self.output_embeddings_name.rpartition(".")
+        setattr(self.get_submodule(owner) if owner else self, attribute, module)
+
+    def stored_buffers(self):
+        """{name: tensor} that the original's files contain besides parameters (inverse rotary frequencies)."""
+        raise NotImplementedError
+
+    def refuse(self, output_attentions, output_hidden_states, return_dict):
+        """Arguments that peft and transformers may pass and this model cannot honour. Raises ValueError."""
+        if output_attentions or output_hidden_states or return_dict is False:
+            raise ValueError("output_attentions, output_hidden_states and return_dict=False are not supported.")
+
+    def cache_and_length(self, cache, use_cache):
+        """The key/value cache to use (None: none) and how many tokens it holds."""
+        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        if cache is None:
+            return (DynamicCache(config=self.config), 0) if use_cache else (None, 0)
+        return cache, cache.get_seq_length()
+
+    def output(self, hidden, labels, target_index, num_targets, logits_to_keep, return_logits, cache):
+        """hidden: (B, T, D) -> loss at the targets, logits where they are asked for."""
+        head = self.get_output_embeddings()
+        loss = None if labels is None else head_loss(hidden, head, labels, target_index, num_targets)
+        logits = None
+        if return_logits or (return_logits is None and labels is None):
+            logits = head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+
+    def save_weights(self, folder, tensors=None, dtype=None, **config_changes):
+        """Write config.json and weights in the original's layout, so that the original loads them too.
+
+        tensors: iterable of (name, tensor); default: the model's own parameters. dtype: of the files.
+        """
+        dtype = dtype or self.get_input_embeddings().weight.dtype
+        tensors = self.named_parameters() if tensors is None else tensors
+        aliases = {parameter: alias for alias, parameter in self.tied_names().items()}
+
+        def entries():
+            for name, tensor in tensors:
+                tensor = tensor.detach().to("cpu", dtype)
+                yield name, tensor
+                if name in aliases:
+                    yield aliases[name], tensor.clone()
+            yield from self.stored_buffers().items()
+
+        weights.write_sharded(entries(), folder)
+        changes = {"torch_dtype": DTYPE_NAMES[dtype], **config_changes}
+        weights.write_json(self.config.to_original(**changes), Path(folder) / "config.json")
+
+
+def new_dropout(probability):
+    """Dropout, or nothing at all when the probability is 0."""
+    return nn.Dropout(probability) if probability else nn.Identity()

@@ -1,0 +1,245 @@
+"""ChatGLM2-6B, ChatGLM3-6B and CodeGeeX2-6B: causal attention with shared kv heads, rotary embedding on half a head.
+
+Parameter names and config fields are the originals'. Numbers equal the originals' in fp32 (tests/test_oracle.py); in 16 bit
+the rotary angles are computed in fp32, where ChatGLM2's own tables are useless beyond some dozens of tokens.
+
+Dimension letters: B batch, T query tokens, S key tokens, P prefix tokens, D hidden, H query heads, K kv heads, E head
+size (kv_channels), F feed-forward size, V vocabulary, L layers.
+
+    model = ChatGLM2ForConditionalGeneration.from_pretrained("ChatGLM3-6B/", dtype=torch.bfloat16)
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from glm_finetune.models.base import OriginalConfig, OriginalModel, new_dropout
+from glm_finetune.models.layers import (
+    LanguageModelHead, PrefixEncoder, attend, prefix_keys_values, rotary_angles, visible, with_prefix_columns)
+
+
+class ChatGLM2Config(OriginalConfig):
+    """Fields of the original config.json, with the original class's defaults."""
+
+    required_fields = ("padded_vocab_size", "kv_channels", "multi_query_attention")
+    attribute_map = {"num_hidden_layers": "num_layers", "vocab_size": "padded_vocab_size"}
+
+    def __init__(self, num_layers=28, padded_vocab_size=65024, hidden_size=4096, ffn_hidden_size=13696, kv_channels=128,
+                 num_attention_heads=32, seq_length=2048, hidden_dropout=0.0, layernorm_epsilon=1e-5, rmsnorm=True,
+                 apply_residual_connection_post_layernorm=False, post_layer_norm=True, add_bias_linear=False,
+                 add_qkv_bias=False, multi_query_attention=False, multi_query_group_num=1, pre_seq_len=None,
+                 prefix_projection=False, use_cache=True, tie_word_embeddings=False, **others):
+        self.num_layers = num_layers
+        self.padded_vocab_size = padded_vocab_size
+        self.hidden_size = hidden_size
+        self.ffn_hidden_size = ffn_hidden_size
+        self.kv_channels = kv_channels
+        self.num_attention_heads = num_attention_heads
+        self.num_kv_heads = multi_query_group_num if multi_query_attention else num_attention_heads
+        self.seq_length = seq_length
+        self.hidden_dropout = hidden_dropout
+        self.layernorm_epsilon = layernorm_epsilon
+        self.rmsnorm = rmsnorm
+        self.apply_residual_connection_post_layernorm = apply_residual_connection_post_layernorm
+        self.post_layer_norm = post_layer_norm
+        self.add_bias_linear = add_bias_linear
+        self.add_qkv_bias = add_qkv_bias
+        self.multi_query_attention = multi_query_attention
+        self.multi_query_group_num = multi_query_group_num
+        self.pre_seq_len = pre_seq_len
+        self.prefix_projection = prefix_projection
+        self.use_cache = use_cache
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **others)
+
+    @property
+    def max_positions(self):
+        """Longest text the model was made for, in tokens."""
+        return self.seq_length
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight; the mean square in fp32."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        """x: (..., D) -> (..., D), same dtype."""
+        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        return ((x * scale) * self.weight).to(x.dtype)
+
+
+def new_norm(config):
+    norm = RMSNorm if config.rmsnorm else nn.LayerNorm
+    return norm(config.hidden_size, eps=config.layernorm_epsilon)
+
+
+def inverse_frequencies(kv_channels, device=None):
+    """theta_i = 10000^(-2i / n) of the n = E / 2 rotated dimensions: (E / 4,) fp32."""
+    size = kv_channels // 2
+    return 1.0 / 10000 ** (torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
+
+
+def rotate(x, cos, sin):
+    """Rotate the first half of each head in interleaved pairs (x0, x1), (x2, x3), ...; the second half passes through.
+
+    x: (B, heads, T, E); cos, sin: (B, 1, T, E / 4) in the dtype of x.
+    """
+    rotated, rest = x.chunk(2, -1)
+    even, odd = rotated[..., 0::2], rotated[..., 1::2]  # (B, heads, T, E / 4)
+    pairs = torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1)  # (B, heads, T, E / 4, 2)
+    return torch.cat((pairs.flatten(-2), rest), -1)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config, layer_index):
+        super().__init__()
+        self.layer_index = layer_index
+        self.head_size = config.kv_channels
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_kv_heads
+        self.interleaved = not config.multi_query_attention  # q|k|v head by head, as in ChatGLM-6B
+        size = self.head_size * self.num_heads
+        qkv_size = size + 2 * self.head_size * self.num_kv_heads
+        self.query_key_value = nn.Linear(config.hidden_size, qkv_size, bias=config.add_bias_linear or config.add_qkv_bias)
+        self.dense = nn.Linear(size, config.hidden_size, bias=config.add_bias_linear)
+
+    def split(self, qkv):
+        """qkv: (B, T, (H + 2K) * E) -> query (B, H, T, E), key and value (B, K, T, E)."""
+        if self.interleaved:
+            parts = qkv.unflatten(-1, (self.num_heads, 3 * self.head_size)).chunk(3, -1)
+        else:
+            sizes = [heads * self.head_size for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
+            parts = [part.unflatten(-1, (-1, self.head_size)) for part in qkv.split(sizes, -1)]
+        return [part.transpose(1, 2) for part in parts]
+
+    def forward(self, hidden, mask, cos, sin, prefix, cache):
+        query, key, value = self.split(self.query_key_value(hidden))
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_index)
+        if prefix is not None:
+            key, value = torch.cat((prefix[0], key), 2), torch.cat((prefix[1], value), 2)  # (B, K, P + S, E)
+        return self.dense(attend(query, key, value, mask))
+
+
+class MLP(nn.Module):
+    """SwiGLU: both halves of one product, silu(first) * second."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=config.add_bias_linear)
+        self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=config.add_bias_linear)
+
+    def forward(self, hidden):
+        gate, up = self.dense_h_to_4h(hidden).chunk(2, -1)  # (B, T, F) each
+        return self.dense_4h_to_h(F.silu(gate) * up)
+
+
+class GLMBlock(GradientCheckpointingLayer):
+    def __init__(self, config, layer_index):
+        super().__init__()
+        self.norm_is_residual = config.apply_residual_connection_post_layernorm
+        self.input_layernorm = new_norm(config)
+        self.self_attention = SelfAttention(config, layer_index)
+        self.post_attention_layernorm = new_norm(config)
+        self.mlp = MLP(config)
+        self.dropout = new_dropout(config.hidden_dropout)
+
+    def forward(self, hidden, mask, cos, sin, prefix=None, cache=None):
+        """hidden: (B, T, D) -> (B, T, D). cos, sin: (B, 1, T, E / 4). prefix: this layer's (key, value), (B, K, P, E)."""
+        normed = self.input_layernorm(hidden)
+        residual = normed if self.norm_is_residual else hidden
+        hidden = residual + self.dropout(self.self_attention(normed, mask, cos, sin, prefix, cache))
+        normed = self.post_attention_layernorm(hidden)
+        residual = normed if self.norm_is_residual else hidden
+        return residual + self.dropout(self.mlp(normed))
+
+
+class Embedding(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+
+
+class GLMTransformer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.layers = nn.ModuleList(GLMBlock(config, i) for i in range(config.num_layers))
+        if config.post_layer_norm:
+            self.final_layernorm = new_norm(config)
+
+
+class ChatGLMModel(nn.Module):
+    """Embedding, layers and output layer: the original keeps the head inside `transformer`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config)
+        self.encoder = GLMTransformer(config)
+        self.output_layer = LanguageModelHead(config.hidden_size, config.padded_vocab_size, bias=False)
+        if config.pre_seq_len:
+            num_values = 2 * config.num_layers * config.kv_channels * config.num_kv_heads
+            self.prefix_encoder = PrefixEncoder(
+                config.pre_seq_len, num_values, config.prefix_projection, num_values, config.hidden_size)
+            self.dropout = nn.Dropout(0.1)
+
+    def forward(self, embedded, position_ids, mask, cache):
+        """embedded: (B, T, D); position_ids: (B, T); mask: see `attend`. Returns the hidden states of every layer."""
+        config = self.config
+        cos, sin = rotary_angles(position_ids, inverse_frequencies(config.kv_channels, embedded.device))  # (B, T, E / 4)
+        cos, sin = cos.to(embedded.dtype)[:, None], sin.to(embedded.dtype)[:, None]  # (B, 1, T, E / 4)
+        prefixes = [None] * config.num_layers
+        if config.pre_seq_len:
+            prefixes = prefix_keys_values(self.prefix_encoder, embedded.shape[0], config.num_layers, config.num_kv_heads,
+                                          embedded.dtype, self.dropout)
+        hidden = embedded
+        for layer, prefix in zip(self.encoder.layers, prefixes):
+            hidden = layer(hidden, mask, cos, sin, prefix, cache)
+        return self.encoder.final_layernorm(hidden) if config.post_layer_norm else hidden
+
+
+class ChatGLM2ForConditionalGeneration(OriginalModel):
+    config_class = ChatGLM2Config
+    _no_split_modules = ["GLMBlock"]
+    input_embeddings_name = "transformer.embedding.word_embeddings"
+    output_embeddings_name = "transformer.output_layer"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.transformer = ChatGLMModel(config)
+        self.post_init()
+
+    def stored_buffers(self):
+        dtype = self.get_input_embeddings().weight.dtype
+        return {"transformer.rotary_pos_emb.inv_freq": inverse_frequencies(self.config.kv_channels).to(dtype)}
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
+                labels=None, use_cache=None, logits_to_keep=0, segment_ids=None, is_prefix=None, target_index=None,
+                num_targets=None, return_logits=None, output_attentions=None, output_hidden_states=None, return_dict=None):
+        """Next-token logits, or the loss.
+
+        input_ids: (B, T) int64, or inputs_embeds: (B, T, D). attention_mask: (B, S) 1 = token, 0 = padding.
+        segment_ids: (B, S) int64 (-1 padding) and is_prefix: (B, S) bool replace attention_mask: see `layers.visible`.
+        Without any of these attention is causal and no mask is built, which is right for padding on the right too.
+        position_ids: (B, T) int64; default: counted on from the cache.
+        labels: (B, T) int64, not shifted, -100 = not a target; target_index, num_targets: see `layers.head_loss`.
+        logits_to_keep: logits of the last so many positions only; 0 = all. return_logits: default, when without labels.
+        Returns CausalLMOutputWithPast: loss (fp32 scalar, mean), logits (B, T or logits_to_keep, V).
+        """
+        self.refuse(output_attentions, output_hidden_states, return_dict)
+        embedded = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        past_key_values, num_past = self.cache_and_length(past_key_values, use_cache)
+        num_tokens = embedded.shape[1]
+        if position_ids is None:
+            position_ids = torch.arange(num_past, num_past + num_tokens, device=embedded.device)[None]
+        if segment_ids is None and attention_mask is not None:
+            segment_ids = attention_mask.long() - 1
+        if segment_ids is None and num_past and num_tokens > 1:  # several tokens after a cache: not aligned at the left
+            segment_ids = position_ids.new_zeros(embedded.shape[0], num_past + num_tokens)
+        mask = None if segment_ids is None else visible(segment_ids, is_prefix, num_tokens)
+        mask = with_prefix_columns(mask, num_tokens, self.config.pre_seq_len or 0)
+        hidden = self.transformer(embedded, position_ids, mask, past_key_values)
+        return self.output(hidden, labels, target_index, num_targets, logits_to_keep, return_logits, past_key_values)

@@ -1,0 +1,119 @@
+"""What ChatGLM-6B and ChatGLM2/3-6B have in common: attention, the mask rule, rotary tables, the prefix encoder, the head.
+
+Not here: anything that knows a flag, a tokenizer or DeepSpeed.
+Dimension letters: B batch, T query tokens, S key tokens, P prefix tokens, D hidden, H query heads, K kv heads, E head size,
+V vocabulary, L layers.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.bias import causal_lower_right
+
+from glm_finetune.loss import target_index, token_loss_sum, wrapped_head_loss_sum
+
+
+def visible(segment_ids, is_prefix, num_queries):
+    """The one mask rule: token i sees token j if both are in the same segment and (j <= i or j is in the prefix).
+
+    segment_ids: (B, S) int64, -1 = padding (padding sees only padding, so that no row of the mask is empty).
+    is_prefix: (B, S) bool or None. The queries are the last `num_queries` of the S tokens.
+    Returns (B, 1, T, S) bool, True = may be attended to.
+    """
+    num_keys = segment_ids.shape[1]
+    key_index = torch.arange(num_keys, device=segment_ids.device)
+    sees = key_index <= key_index[-num_queries:, None]  # (T, S): causal
+    if is_prefix is not None:
+        sees = sees | is_prefix[:, None, :]  # (B, T, S)
+    same_segment = segment_ids[:, -num_queries:, None] == segment_ids[:, None, :]  # (B, T, S)
+    return (sees & same_segment)[:, None]
+
+
+def with_prefix_columns(mask, num_queries, num_prefix):
+    """Put `num_prefix` columns that everyone sees in front of a mask. mask: (B, 1, T, S) bool, or None = plain causal."""
+    if num_prefix == 0:
+        return mask
+    if mask is None:  # a lazy causal mask aligned at the lower right: flash attention takes it without building T x T
+        return causal_lower_right(num_queries, num_prefix + num_queries) if num_queries > 1 else None
+    return F.pad(mask, (num_prefix, 0), value=True)
+
+
+def attend(query, key, value, mask):
+    """Scaled dot-product attention, scale 1 / sqrt(E).
+
+    query: (B, H, T, E); key, value: (B, K, S, E), each kv head serving H / K consecutive query heads.
+    mask: (B, 1, T, S) bool, True = visible; None = causal when T == S (no T x T tensor is built), everything when T < S.
+    Returns (B, T, H * E).
+    """
+    num_groups = query.shape[1] // key.shape[1]
+    is_causal = mask is None and query.shape[2] == key.shape[2] and query.shape[2] > 1
+    # Only flash attention reads shared kv heads in place; every other kernel would fall back to a T x T product.
+    in_place = num_groups > 1 and mask is None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    if num_groups > 1 and not in_place:
+        key, value = key.repeat_interleave(num_groups, 1), value.repeat_interleave(num_groups, 1)  # (B, H, S, E)
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=in_place
+    )  # (B, H, T, E)
+    return out.transpose(1, 2).flatten(2)  # (B, T, H * E)
+
+
+def rotary_angles(position_ids, inv_freq):
+    """position_ids: (..., T) int64; inv_freq: (n,) fp32. Returns cos, sin (..., T, n) fp32, whatever the model's dtype."""
+    with torch.autocast(device_type=position_ids.device.type, enabled=False):
+        angles = position_ids.float()[..., None] * inv_freq
+        return angles.cos(), angles.sin()
+
+
+class PrefixEncoder(nn.Module):
+    """P-Tuning v2: trainable keys and values in front of every layer (arXiv 2110.07602, the official ChatGLM code).
+
+    `num_values` = 2 * L * K * E numbers for each of the P prefix tokens; with `projection` they come from an
+    embedding of size `embedding_size` through Linear -> Tanh -> Linear of inner size `hidden_size`.
+    """
+
+    def __init__(self, pre_seq_len, num_values, projection, embedding_size, hidden_size):
+        super().__init__()
+        self.embedding = nn.Embedding(pre_seq_len, embedding_size if projection else num_values)
+        if projection:
+            self.trans = nn.Sequential(
+                nn.Linear(embedding_size, hidden_size), nn.Tanh(), nn.Linear(hidden_size, num_values)
+            )
+        self.projection = projection
+
+    def forward(self, index):
+        """index: (P,) int64 -> (P, num_values)."""
+        return self.trans(self.embedding(index)) if self.projection else self.embedding(index)
+
+
+def prefix_keys_values(encoder, batch_size, num_layers, num_kv_heads, dtype, dropout):
+    """The prefix as one (key, value) pair for each layer, each (B, K, P, E), not rotated. `dropout`: a module."""
+    index = torch.arange(encoder.embedding.num_embeddings, device=encoder.embedding.weight.device)
+    prefix = encoder(index).to(dtype)  # (P, L * 2 * K * E)
+    prefix = prefix.view(index.numel(), num_layers * 2, num_kv_heads, -1).permute(1, 2, 0, 3)  # (2L, K, P, E)
+    prefix = dropout(prefix[:, None].expand(-1, batch_size, -1, -1, -1))  # (2L, B, K, P, E)
+    return list(zip(prefix[0::2], prefix[1::2]))
+
+
+class LanguageModelHead(nn.Linear):
+    """The output layer: logits, or (with `targets`) the summed loss of the target positions without keeping logits."""
+
+    def forward(self, hidden, targets=None):
+        """hidden: (..., D). Without targets: logits (..., V). With targets (N,): hidden (N, D) -> scalar fp32."""
+        if targets is None:
+            return super().forward(hidden)
+        return token_loss_sum(hidden, self.weight, targets)
+
+
+def head_loss(hidden, head, labels, index=None, num_targets=None):
+    """Mean cross-entropy of next-token prediction, fp32 scalar. Logits exist only at positions with a target.
+
+    hidden: (B, T, D), position t predicts labels[:, t + 1]. labels: (B, T) int64, -100 = not a target.
+    index: (N,) from `target_index(labels)`; left out, it is computed here (CPU-GPU sync).
+    num_targets: the divisor, when the mean spans more than this micro-batch; default: the number of targets here.
+    """
+    index = target_index(labels) if index is None else index
+    hidden, targets = hidden.flatten(0, 1)[index], labels.flatten()[index + 1]  # (N, D), (N,)
+    if isinstance(head, LanguageModelHead):
+        total = head(hidden, targets)
+    else:
+        total = wrapped_head_loss_sum(hidden, head, targets)
+    return total / (max(targets.numel(), 1) if num_targets is None else num_targets)

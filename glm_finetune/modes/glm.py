@@ -1,0 +1,82 @@
+"""ChatGLM-6B: prompt, positions, stop tokens.
+
+A sample is `question [gMASK] <sop> answer <eop>`; everything before <sop> is the bidirectional prefix. <sop> itself is a
+target (predicted from [gMASK]), as in the original.
+"""
+import re
+from functools import partial
+
+import torch
+
+from glm_finetune.data.dataset import InstructionDataset
+from glm_finetune.models.glm import ChatGLMConfig, ChatGLMForConditionalGeneration
+from glm_finetune.modes.spec import Mode, Rendered, cut_source, finish_pair, split_turns
+from glm_finetune.modes.tokenizer import ChatGLMTokenizer
+
+QUESTION_TAIL = 3  # 答 ： and what they are worth in tokens in the original
+OVERHEAD = 3  # [gMASK] <sop> <eop>
+# Full-width forms that the model writes as ASCII (its tokenizer folds them); restored next to Chinese characters.
+PUNCTUATION = ((",", "，"), ("!", "！"), (":", "："), (";", "；"), (r"\?", "？"))
+
+
+def prompt(history, question, template="train"):
+    """The text before the answer. Past rounds count from 0; a single question is [Round 1] in training (the template of
+    ChatGLM-Finetuning) and bare in the official chat. The colons are full-width."""
+    if not history:
+        return f"[Round 1]\n问：{question}\n答：" if template == "train" else question
+    past = "".join(f"[Round {i}]\n问：{old}\n答：{answer}\n" for i, (old, answer) in enumerate(history))
+    return f"{past}[Round {len(history)}]\n问：{question}\n答："
+
+
+def render(tokenizer, messages, limits=None, template="train"):
+    """See Mode.render."""
+    history, question, answer = split_turns(messages)
+    source = tokenizer.encode_text(prompt(history, question, template))
+    source_cut = target_cut = False
+    if limits:
+        source, source_cut = cut_source(source, limits.max_src_len, QUESTION_TAIL)
+    context = source + [tokenizer.gmask_token_id]
+    ids = context + [tokenizer.bos_token_id]
+    if answer is None:
+        return Rendered(ids, [-100] * len(ids), len(context), source_cut)
+    target = tokenizer.encode_text(answer)
+    if limits:
+        room = max(0, limits.max_len - OVERHEAD - len(source))
+        target_cut, target = len(target) > room, target[:room]
+    ids = ids + target + [tokenizer.eos_token_id]
+    labels = [-100] * len(context) + ids[len(context) :]
+    return Rendered(ids, labels, len(context), source_cut, target_cut)
+
+
+def positions(num_tokens, num_prefix):
+    """(2, T) int64: the place in the prefix, frozen at [gMASK] (its last token) from <sop> on; the place after <sop>."""
+    index = torch.arange(num_tokens)
+    return torch.stack((index.clamp_max(num_prefix - 1), (index - num_prefix + 1).clamp_min(0)))
+
+
+def clean_response(text, history=None):
+    """Strip, fill in the training date, widen punctuation next to Chinese characters. Returns (text, history)."""
+    text = text.strip().replace("[[训练时间]]", "2023年")
+    for narrow, wide in PUNCTUATION:
+        text = re.sub(rf"([\u4e00-\u9fff]){narrow}", rf"\1{wide}", text)
+        text = re.sub(rf"{narrow}([\u4e00-\u9fff])", rf"{wide}\1", text)
+    return text, history
+
+
+GLM = Mode(
+    name="glm",
+    config=ChatGLMConfig,
+    model=ChatGLMForConditionalGeneration,
+    tokenizer=ChatGLMTokenizer,
+    dataset=partial(InstructionDataset, render, QUESTION_TAIL, OVERHEAD),
+    render=render,
+    positions=positions,
+    clean_response=clean_response,
+    finish_turn=partial(finish_pair, clean_response),
+    stop_token_ids=lambda tokenizer: [tokenizer.eos_token_id],
+    lora_targets=("query_key_value",),
+    other_names=r"chatglm[23]|codegeex2",
+    tiny_config=dict(hidden_size=32, inner_hidden_size=64, num_layers=2, num_attention_heads=2, layernorm_epsilon=1e-5,
+                     max_sequence_length=256, position_encoding_2d=True, model_type="chatglm", use_cache=True,
+                     torch_dtype="float32", architectures=["ChatGLMModel"]),
+)

@@ -1,0 +1,73 @@
+"""ChatGLM2-6B and CodeGeeX2: prompt, positions, stop tokens.
+
+A sample is `[gMASK] sop question answer </s>`, causal throughout; the targets are the answer and </s>.
+"""
+from functools import partial
+
+import torch
+
+from glm_finetune.data.dataset import InstructionDataset
+from glm_finetune.models.glm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration
+from glm_finetune.modes.spec import Mode, Rendered, cut_source, finish_pair, split_turns
+from glm_finetune.modes.tokenizer import ChatGLM2Tokenizer
+
+QUESTION_TAIL = 4  # the tokens of "\n\n答：" that the original keeps when it cuts a question
+OVERHEAD = 3  # [gMASK] sop </s>
+TINY_CONFIG = dict(
+    hidden_size=32, num_layers=2, num_attention_heads=4, kv_channels=8, multi_query_attention=True, multi_query_group_num=2,
+    ffn_hidden_size=48, seq_length=256, layernorm_epsilon=1e-5, rmsnorm=True, post_layer_norm=True, add_qkv_bias=True,
+    add_bias_linear=False, apply_residual_connection_post_layernorm=False, original_rope=True, tie_word_embeddings=False,
+    attention_dropout=0.0, hidden_dropout=0.0, apply_query_key_layer_scaling=True, attention_softmax_in_fp32=True,
+    bias_dropout_fusion=True, fp32_residual_connection=False, model_type="chatglm", use_cache=True, torch_dtype="float32",
+    eos_token_id=2, pad_token_id=0, architectures=["ChatGLMModel"])
+
+
+def prompt(history, question, template="train"):
+    """The text before the answer, in training and in the official chat alike: rounds from 1, full-width colons."""
+    past = "".join(f"[Round {i}]\n\n问：{old}\n\n答：{answer}\n\n" for i, (old, answer) in enumerate(history, 1))
+    return f"{past}[Round {len(history) + 1}]\n\n问：{question}\n\n答："
+
+
+def render(tokenizer, messages, limits=None, template="train"):
+    """See Mode.render."""
+    history, question, answer = split_turns(messages)
+    source = tokenizer.encode_text(prompt(history, question, template))
+    source_cut = target_cut = False
+    if limits:
+        source, source_cut = cut_source(source, limits.max_src_len, QUESTION_TAIL)
+    ids = tokenizer.prefix_ids + source
+    if answer is None:
+        return Rendered(ids, [-100] * len(ids), 0, source_cut)
+    target = tokenizer.encode_text(answer)
+    if limits:
+        room = max(0, limits.max_len - OVERHEAD - len(source))
+        target_cut, target = len(target) > room, target[:room]
+    target = target + [tokenizer.eos_token_id]
+    return Rendered(ids + target, [-100] * len(ids) + target, 0, source_cut, target_cut)
+
+
+def positions(num_tokens, num_prefix):
+    """(T,) int64: 0, 1, 2, ..."""
+    return torch.arange(num_tokens)
+
+
+def clean_response(text, history=None):
+    """Strip, fill in the training date. Returns (text, history)."""
+    return text.strip().replace("[[训练时间]]", "2023年"), history
+
+
+GLM2 = Mode(
+    name="glm2",
+    config=ChatGLM2Config,
+    model=ChatGLM2ForConditionalGeneration,
+    tokenizer=ChatGLM2Tokenizer,
+    dataset=partial(InstructionDataset, render, QUESTION_TAIL, OVERHEAD),
+    render=render,
+    positions=positions,
+    clean_response=clean_response,
+    finish_turn=partial(finish_pair, clean_response),
+    stop_token_ids=lambda tokenizer: [tokenizer.eos_token_id],
+    lora_targets=("query_key_value",),
+    other_names=r"chatglm3|chatglm-6b",
+    tiny_config=TINY_CONFIG,
+)

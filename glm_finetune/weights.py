@@ -1,0 +1,163 @@
+"""Checkpoint files: read the weights of a folder tensor by tensor, write them as sharded safetensors. No ZeRO here.
+
+Reads what the originals published (sharded `pytorch_model-*.bin`, with `weights_only=True`) and safetensors, one tensor
+at a time, so that a model is filled without a second copy of it. Writing is atomic: a shard has a temporary name until
+it is complete.
+
+    for name, tensor in iter_tensors("ChatGLM3-6B/"): ...
+"""
+import json
+import os
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+MAX_SHARD_BYTES = 2 * 10**9  # the originals' shard size
+
+
+def weight_files(folder):
+    """Paths of the weight files of `folder`, in order.
+
+    Raises ValueError naming the folder, or the shards that its index lists and it lacks.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder. Give the folder of a checkpoint (config.json, weights, tokenizer).")
+    for name in INDEX_FILES:
+        if (folder / name).is_file():
+            shards = sorted(set(read_json(folder / name)["weight_map"].values()))
+            missing = [shard for shard in shards if not (folder / shard).is_file()]
+            if missing:
+                raise ValueError(f"{folder}: {name} lists {len(missing)} shard(s) that are not there: {missing}. "
+                                 "Copy them from where the checkpoint came from.")
+            return [folder / shard for shard in shards]
+    for name in SINGLE_FILES:
+        if (folder / name).is_file():
+            return [folder / name]
+    raise ValueError(f"{folder}: no weights. Expected one of {[*SINGLE_FILES, *INDEX_FILES]}, "
+                     f"found {sorted(p.name for p in folder.iterdir())}.")
+
+
+def read_json(path):
+    """The object in a JSON file. Raises ValueError naming the file if it is missing or not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}).") from None
+
+
+def iter_tensors(folder):
+    """Yield (name, tensor on the CPU) for all weights in `folder`, one shard open at a time."""
+    for path in weight_files(folder):
+        try:
+            yield from _iter_safetensors(path) if path.suffix == ".safetensors" else _iter_bin(path)
+        except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
+            raise ValueError(f"{path}: the file is damaged or not a weight file ({_first_line(error)}). "
+                             "Copy it again and compare its size with the source.") from error
+
+
+def _first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _iter_safetensors(path):
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():
+            yield name, file.get_tensor(name)
+
+
+def _iter_bin(path):
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        tensors = torch.load(path, map_location="cpu", weights_only=True)  # a file of torch < 1.6
+    yield from tensors.items()
+
+
+def fill(model, folder, dtype, device="cpu", ignore=(), may_miss=(), aliases=None):
+    """Replace every parameter of `model` (built on the meta device) by the tensor of that name in `folder`.
+
+    ignore: patterns of names in the file that belong to no parameter and are known to be of no use.
+    may_miss: substrings of names that the file may lack (a new prefix encoder); those keep their initial values.
+    aliases: {name in the file: name of the parameter}, for tied weights; where both are in the file the alias wins,
+    as in the original.
+    Raises ValueError listing missing, unexpected and mis-shaped names.
+    """
+    aliases = aliases or {}
+    parameters = dict(model.named_parameters())
+    seen, unexpected, misshaped = set(), [], []
+    for name, tensor in iter_tensors(folder):
+        target = aliases.get(name, name)
+        if any(re.search(pattern, name) for pattern in ignore):
+            continue
+        if target not in parameters:
+            unexpected.append(name)
+        elif tuple(parameters[target].shape) != tuple(tensor.shape):
+            misshaped.append(f"{name}: {tuple(tensor.shape)} in the file, {tuple(parameters[target].shape)} expected")
+        elif name != target or target not in seen or target not in aliases.values():
+            _assign(model, target, tensor, dtype, device)
+        seen.add(target)
+    missing = [name for name in parameters if name not in seen and not any(part in name for part in may_miss)]
+    problems = [f"{kind} ({len(names)}): {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+                for kind, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshaped)) if names]
+    if problems:
+        raise ValueError(f"{folder}: the weights do not fit the model of its config.json.\n  " + "\n  ".join(problems))
+    return [name for name in parameters if name not in seen]
+
+
+def _assign(model, name, tensor, dtype, device):
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    # A copy in any case: a tensor that is still a view of the mapped file would keep the shard open.
+    value = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+    requires_grad = module._parameters[attribute].requires_grad
+    module._parameters[attribute] = torch.nn.Parameter(value, requires_grad=requires_grad)
+
+
+def write_sharded(tensors, folder, max_shard_bytes=MAX_SHARD_BYTES):
+    """Write {name: CPU tensor} to `folder` as model.safetensors, or as shards with an index when larger than one.
+
+    Tensors may be produced lazily: `tensors` is an iterable of (name, tensor); no more than a shard is held.
+    """
+    folder, shards, shard, size = Path(folder), [], {}, 0
+    for name, tensor in tensors:
+        num_bytes = tensor.numel() * tensor.element_size()
+        if shard and size + num_bytes > max_shard_bytes:
+            shards.append(_write_shard(shard, folder / f"shard-{len(shards)}.tmp"))
+            shard, size = {}, 0
+        shard[name] = tensor.contiguous()
+        size += num_bytes
+    shards.append(_write_shard(shard, folder / f"shard-{len(shards)}.tmp"))
+    if len(shards) == 1:
+        os.replace(shards[0][0], folder / "model.safetensors")
+        return
+    weight_map = {}
+    for i, (path, names, _) in enumerate(shards):
+        final = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        os.replace(path, folder / final)
+        weight_map.update(dict.fromkeys(names, final))
+    index = {"metadata": {"total_size": sum(num_bytes for _, _, num_bytes in shards)}, "weight_map": weight_map}
+    write_json(index, folder / "model.safetensors.index.json")
+
+
+def _write_shard(shard, path):
+    save_file(shard, path, metadata={"format": "pt"})
+    return path, list(shard), sum(t.numel() * t.element_size() for t in shard.values())
+
+
+def write_json(value, path):
+    """Write `value` as JSON, atomically: a reader sees the old file or the new one."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
