@@ -64,6 +64,11 @@ def iter_tensors(folder):
                              "Copy it again and compare its size with the source.") from error
 
 
+def file_dtypes(folder):
+    """{name: dtype} of all weights in `folder`."""
+    return {name: tensor.dtype for name, tensor in iter_tensors(folder)}
+
+
 def _first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
@@ -135,7 +140,7 @@ def write_sharded(tensors, folder, max_shard_bytes=MAX_SHARD_BYTES):
         if shard and size + num_bytes > max_shard_bytes:
             shards.append(_write_shard(shard, folder / f"shard-{len(shards)}.tmp"))
             shard, size = {}, 0
-        shard[name] = tensor.contiguous()
+        shard[name] = tensor
         size += num_bytes
     shards.append(_write_shard(shard, folder / f"shard-{len(shards)}.tmp"))
     if len(shards) == 1:
@@ -150,8 +155,14 @@ def write_sharded(tensors, folder, max_shard_bytes=MAX_SHARD_BYTES):
     write_json(index, folder / "model.safetensors.index.json")
 
 
+def write_tensors(tensors, path):
+    """Write {name: CPU tensor} as one safetensors file that everyone may read (the library would make it private)."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    os.chmod(path, 0o644)
+
+
 def _write_shard(shard, path):
-    save_file(shard, path, metadata={"format": "pt"})
+    write_tensors(shard, path)
     return path, list(shard), sum(t.numel() * t.element_size() for t in shard.values())
 
 

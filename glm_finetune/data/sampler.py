@@ -22,6 +22,10 @@ class StepSampler:
         self._order_of = None  # the epoch whose order is cached
         self._order = None
 
+    def epochs_for(self, total_steps):
+        """Epochs that `total_steps` steps touch."""
+        return math.ceil(total_steps / self.steps_per_epoch)
+
     def order(self, epoch):
         """The rows of an epoch as a list, shuffled by (seed, epoch)."""
         if self._order_of != epoch:

@@ -125,10 +125,11 @@ class OriginalModel(PreTrainedModel, GenerationMixin):
             logits = head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
-    def save_weights(self, folder, tensors=None, dtype=None, **config_changes):
+    def save_weights(self, folder, tensors=None, dtype=None, dtypes=None):
         """Write config.json and weights in the original's layout, so that the original loads them too.
 
-        tensors: iterable of (name, tensor); default: the model's own parameters. dtype: of the files.
+        tensors: iterable of (name, tensor); default: the model's own parameters. dtype: of the files, default the
+        model's; dtypes: {name: dtype} where single tensors differ (ChatGLM-6B's fp32 norms in an fp16 file).
         """
         dtype = dtype or self.get_input_embeddings().weight.dtype
         tensors = self.named_parameters() if tensors is None else tensors
@@ -136,15 +137,14 @@ class OriginalModel(PreTrainedModel, GenerationMixin):
 
         def entries():
             for name, tensor in tensors:
-                tensor = tensor.detach().to("cpu", dtype)
+                tensor = tensor.detach().to("cpu", (dtypes or {}).get(name, dtype))
                 yield name, tensor
                 if name in aliases:
                     yield aliases[name], tensor.clone()
             yield from self.stored_buffers().items()
 
         weights.write_sharded(entries(), folder)
-        changes = {"torch_dtype": DTYPE_NAMES[dtype], **config_changes}
-        weights.write_json(self.config.to_original(**changes), Path(folder) / "config.json")
+        weights.write_json(self.config.to_original(torch_dtype=DTYPE_NAMES[dtype]), Path(folder) / "config.json")
 
 
 def new_dropout(probability):

@@ -1,0 +1,112 @@
+"""Names and folders -> mode, tokenizer, model with weights. Used by every script and by the tests.
+
+    source = find_source("output/epoch-1-step-100")        # what a folder is, and where its base is
+    tokenizer, model = load_source(source, torch.bfloat16, device)
+"""
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from glm_finetune.config import raise_together, unknown_choice
+from glm_finetune.models.base import DTYPES
+from glm_finetune.modes import MODE
+from glm_finetune.tuning import TRAIN_TYPE
+from glm_finetune.tuning.lora import load_adapter
+from glm_finetune.weights import read_json, weight_files
+
+
+def choose(config):
+    """TrainConfig -> (Mode, TrainType). Raises ValueError with the nearest name for what is not registered."""
+    raise_together([*unknown_choice("mode", config.mode, tuple(MODE)),
+                    *unknown_choice("train_type", config.train_type, tuple(TRAIN_TYPE))])
+    return MODE[config.mode], TRAIN_TYPE[config.train_type]
+
+
+def check_base(mode, folder, max_len=0):
+    """Tokenizer and model configuration of a base folder, without its weights. max_len: tokens it must be able to take.
+
+    Raises ValueError if the folder lacks a file, is of another mode, or its tokenizer belongs to another model.
+    """
+    config = mode.config.from_pretrained(folder)
+    weight_files(folder)
+    name = str(config.source.get("_name_or_path", ""))
+    if re.search(mode.other_names, name, re.IGNORECASE):
+        raise ValueError(f"{folder}: its config.json says it is {name}, not a model for --mode {mode.name}. If that is wrong, "
+                         "correct _name_or_path there.")
+    if max_len > config.max_positions:
+        raise ValueError(f"--max_len {max_len}: {folder} was made for {config.max_positions} tokens (its config.json).")
+    tokenizer = mode.tokenizer.from_pretrained(folder)
+    # Checkpoints pad the vocabulary by a few hundred rows at most; a tokenizer far smaller than that is another model's.
+    if not 0.8 * config.vocab_size <= len(tokenizer) <= config.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer has {len(tokenizer):,} ids, the model {config.vocab_size:,}: "
+                         f"{tokenizer.model_file} belongs to another checkpoint.")
+    for field in ("bos_token_id", "eos_token_id", "gmask_token_id"):
+        expected = config.source.get(field)
+        if expected is not None and expected != getattr(tokenizer, field):
+            raise ValueError(f"{folder}: {field} is {expected} in config.json and {getattr(tokenizer, field)} in "
+                             f"{tokenizer.model_file}: the tokenizer belongs to another checkpoint.")
+    return tokenizer, config
+
+
+def load_base(mode, folder, precision, device, gradient_checkpointing=False):
+    """The base model in `precision` on `device`, in eval mode. Raises ValueError for weights that do not fit."""
+    model = mode.model.from_pretrained(folder, dtype=DTYPES[precision], device=device)
+    if gradient_checkpointing:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a model folder is. adapter: its folder, or None. template: "train" or "official"."""
+
+    mode: object
+    base: Path
+    adapter: Path | None
+    template: str
+
+
+def find_source(folder, mode_name=None, base=None, template=None):
+    """Look at a folder: a base checkpoint, one trained or merged here, or an adapter (of this project or plain peft).
+
+    mode_name, base, template replace what the folder says. Raises ValueError saying what is missing and which flag gives it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder.")
+    record = read_json(folder / "train_config.json") if (folder / "train_config.json").is_file() else {}
+    is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+    base = Path(base or _recorded_base(folder, record)) if is_adapter else folder
+    mode = MODE.get(mode_name or record.get("mode") or _mode_of(base))
+    if mode is None:
+        raise ValueError(f"{folder}: which member of the family is it? Give --mode ({', '.join(MODE)}).")
+    return Source(mode, base, folder if is_adapter else None, template or record.get("template", "official"))
+
+
+def _recorded_base(folder, record):
+    recorded = [record.get("base_absolute"), record.get("base"),
+                read_json(folder / "adapter_config.json").get("base_model_name_or_path")]
+    for path in filter(None, recorded):
+        if (Path(path) / "config.json").is_file():
+            return path
+    raise ValueError(f"{folder}: its base checkpoint is not at {next(filter(None, recorded), 'a recorded place')} any more. "
+                     "Say where it is with --ori_model_dir.")
+
+
+def _mode_of(base):
+    """The mode of a bare checkpoint, from the fields and the name in its config.json; None if they leave it open."""
+    if not (base / "config.json").is_file():
+        raise ValueError(f"{base}: has no config.json; expected a checkpoint or an adapter (adapter_config.json).")
+    fields = read_json(base / "config.json")
+    if all(name in fields for name in MODE["glm"].config.required_fields):
+        return "glm"
+    name = f"{fields.get('_name_or_path', '')} {base.resolve().name}"
+    match = re.search(r"chatglm([23])|(codegeex2)", name, re.IGNORECASE)
+    return match and ("glm2" if match[2] else f"glm{match[1]}")
+
+
+def load_source(source, precision, device):
+    """Tokenizer and model of a `find_source` result, ready to generate."""
+    tokenizer, _ = check_base(source.mode, source.base)
+    model = load_base(source.mode, source.base, precision, device)
+    return tokenizer, load_adapter(model, source.adapter) if source.adapter else model

@@ -1,0 +1,107 @@
+"""Ranks and devices: who am I, sums over all ranks, seeds. Works without a launcher and without DeepSpeed."""
+import os
+import random
+import sys
+
+import numpy
+import torch
+import torch.distributed as dist
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main():
+    """Whether this is rank 0 of all nodes."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def print_main(*values):
+    """Print from rank 0."""
+    if is_main():
+        print(*values, flush=True)
+
+
+def sum_over_ranks(tensor):
+    """Sum a tensor over all ranks, in place. All ranks must call."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def barrier():
+    """Wait for all ranks. All ranks must call."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_agree(problem):
+    """Raise on every rank if rank 0 has a problem (text, or None), so that no rank waits for one that gave up.
+
+    All ranks must call.
+    """
+    problems = [problem]
+    if world_size() > 1:
+        dist.broadcast_object_list(problems, src=0)
+    if problems[0] is not None:
+        raise OSError(problems[0])
+
+
+def choose_device(wanted=None):
+    """The device of this rank. wanted: None, "cpu", "cuda" or the number of a card.
+
+    Raises ValueError for a card that is not there.
+    """
+    num_cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cpu" or (wanted is None and num_cards == 0):
+        return torch.device("cpu")
+    index = int(os.environ.get("LOCAL_RANK", 0))
+    if wanted not in (None, "cuda"):
+        if not str(wanted).isdigit():
+            raise ValueError(f"--device {wanted}: expected cpu, cuda or the number of a card.")
+        index = int(wanted)
+    if index >= num_cards:
+        raise ValueError(f"--device {wanted or 'cuda'}: card {index} was asked for, this machine shows {num_cards} (torch "
+                         f"{torch.__version__}, CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}). "
+                         "Use --device cpu, or install the CUDA build of torch and a driver.")
+    return torch.device("cuda", index)
+
+
+def choose_precision(wanted, device):
+    """bf16, fp16 or fp32: what was asked for, or the best that `device` computes in.
+
+    Raises ValueError for a precision that the device cannot train in.
+    """
+    if wanted is None:
+        if device.type == "cpu":
+            return "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if wanted == "fp16" and device.type == "cpu":
+        raise ValueError("--precision fp16: DeepSpeed has no fp16 on CPUs. Use bf16 or fp32.")
+    if wanted == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ValueError(f"--precision bf16: {torch.cuda.get_device_name(device)} has no bf16. Use fp16 or fp32.")
+    return wanted
+
+
+def seed_all(seed):
+    """Seed Python, numpy and torch. Ranks share the seed: new weights must be equal; dropout is re-seeded after."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def exit_with_message(main):
+    """Run a script's main(); the user's fault becomes one message from rank 0 and exit code 2, not a traceback."""
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("GLM_FINETUNE_TRACEBACK"):
+            raise
+        if is_main():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -1,0 +1,115 @@
+"""A DeepSpeed file and the flags -> the dict that DeepSpeed gets. Pure; does not import deepspeed.
+
+The file owns the memory strategy (`zero_optimization`), the flags own the numbers. A number in the file is allowed when
+it says what the flag says; "auto" is filled in; anything else is an error that names both.
+"""
+import difflib
+from pathlib import Path
+
+from glm_finetune.config import raise_together
+from glm_finetune.weights import read_json
+
+FOLDER = Path(__file__).parents[1] / "ds_configs"
+OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16",
+        "fp16", "optimizer", "scheduler", "steps_per_print")
+PASSED_ON = ("zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "aio", "comms_logger",
+             "communication_data_type", "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "dump_state",
+             "prescale_gradients", "gradient_predivide_factor", "data_types", "checkpoint", "seq_parallel_communication_data_type",
+             "sparse_gradients", "activation_checkpointing")
+
+
+def read_ds_file(name):
+    """The object in a DeepSpeed file: a path, or a bare name in ds_configs/. Raises ValueError naming the file."""
+    path = Path(name)
+    if not path.is_file() and path.name == name and (FOLDER / name).is_file():
+        path = FOLDER / name
+    if not path.is_file():
+        raise ValueError(f"--ds_file {name}: no such file. Shipped in ds_configs/: "
+                         f"{', '.join(sorted(p.name for p in FOLDER.glob('*.json')))}.")
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"--ds_file {name}: expected an object, found a {type(value).__name__}.")
+    return value
+
+
+def precision_of(ds_json):
+    """The precision that a file of the original's kind switches on, or None."""
+    for section, precision in (("bf16", "bf16"), ("fp16", "fp16")):
+        if ds_json.get(section, {}).get("enabled") is True:
+            return precision
+    return None
+
+
+def resolve(ds_json, config, world_size, precision, device_type):
+    """DeepSpeed's configuration.
+
+    ds_json: `read_ds_file`. config: TrainConfig. precision: bf16, fp16 or fp32. device_type: "cuda" or "cpu".
+    Raises ValueError listing unknown keys, numbers that contradict a flag, and offloading that the stage cannot do.
+    """
+    numbers = {
+        "train_micro_batch_size_per_gpu": (config.per_device_train_batch_size, "--per_device_train_batch_size"),
+        "gradient_accumulation_steps": (config.gradient_accumulation_steps, "--gradient_accumulation_steps"),
+        "gradient_clipping": (config.max_grad_norm, "--max_grad_norm"),
+        "train_batch_size": (config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size,
+                             "--per_device_train_batch_size x --gradient_accumulation_steps x ranks"),
+    }
+    zero = _without_auto(ds_json.get("zero_optimization", {"stage": 0}))
+    raise_together([*_unknown_keys(ds_json), *_contradictions(ds_json, numbers, config, precision), *_zero_problems(zero)])
+    if device_type == "cpu":
+        zero = _for_cpu(zero)
+    return {
+        **{key: ds_json[key] for key in PASSED_ON if key in ds_json},
+        **{key: value for key, (value, _) in numbers.items()},
+        "zero_optimization": zero,
+        "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"loss_scale_window": 100, **ds_json.get("fp16", {}), "enabled": precision == "fp16"},
+        # torch's fused AdamW: no compiler needed on any machine, no temporary copy of the weights, resumes bit for bit.
+        "optimizer": {"type": "AdamW", "params": {"lr": config.learning_rate, "betas": [0.9, 0.95], "eps": 1e-8,
+                                                  "weight_decay": config.weight_decay, "torch_adam": True, "fused": True}},
+        "steps_per_print": 2**31,
+    }
+
+
+def _unknown_keys(ds_json):
+    for key in ds_json:
+        if key not in OURS + PASSED_ON:
+            near = difflib.get_close_matches(key, OURS + PASSED_ON, 1)
+            yield f"ds_file: unknown key {key!r}." + (f" Did you mean {near[0]!r}?" if near else "")
+
+
+def _contradictions(ds_json, numbers, config, precision):
+    for key, (value, flag) in numbers.items():
+        if ds_json.get(key, "auto") not in ("auto", value):
+            yield f"ds_file says {key} = {ds_json[key]}, {flag} says {value}: leave it out of the file or make them equal."
+    params = ds_json.get("optimizer", {}).get("params", {})
+    for key, value, flag in (("lr", config.learning_rate, "--learning_rate"),
+                             ("weight_decay", config.weight_decay, "--weight_decay"), ("betas", [0.9, 0.95], "training")):
+        if params.get(key, "auto") not in ("auto", value):
+            yield f"ds_file says optimizer {key} = {params[key]}, {flag} says {value}: leave it out of the file."
+    wanted = precision_of(ds_json)
+    if wanted not in (None, precision):
+        yield f"ds_file switches {wanted} on, --precision says {precision}: leave it out of the file or make them equal."
+    if ds_json.get("scheduler", {}).get("type") not in (None, "WarmupDecayLR", "WarmupLR"):
+        yield (f"ds_file has a scheduler {ds_json['scheduler']['type']!r}; the learning rate is set by --lr_scheduler, "
+               "--warmup_ratio and --min_lr_ratio: leave the section out.")
+
+
+def _zero_problems(zero):
+    stage = zero.get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        yield f"ds_file: zero_optimization.stage is {stage!r}, must be 0, 1, 2 or 3."
+    if stage != 3 and zero.get("offload_param", {}).get("device", "none") != "none":
+        yield f"ds_file offloads parameters at stage {stage}: only stage 3 can (DeepSpeed would ignore it)."
+
+
+def _without_auto(section):
+    """Drop "auto" values: inside zero_optimization DeepSpeed has a default for each."""
+    return {key: _without_auto(value) if isinstance(value, dict) else value
+            for key, value in section.items() if value != "auto"}
+
+
+def _for_cpu(zero):
+    """Pinned memory and overlapping streams exist for cards only; on CPUs they would have to be compiled first."""
+    zero = {key: {**value, "pin_memory": False} if key in ("offload_optimizer", "offload_param") else value
+            for key, value in zero.items()}
+    return {**zero, "overlap_comm": False}

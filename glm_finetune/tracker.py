@@ -1,0 +1,97 @@
+"""Numbers of a run: a fixed-column line in the terminal, metrics.jsonl, TensorBoard; nothing on ranks other than 0."""
+import json
+import resource
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from glm_finetune import dist
+
+COLUMNS = {"epoch": "{:7.3f}", "step": "{:7d}", "loss": "{:9.5f}", "lr": "{:9.3e}", "grad_norm": "{:9.4f}",
+           "tokens_per_s": "{:9.0f}", "peak_gib": "{:7.2f}"}
+
+
+class Tracker:
+    """Rank 0's. `step` moves the bar; `log` writes a record; `say` prints a line above the bar."""
+
+    def __init__(self, output_dir, logging_dir, total_steps, first_step=0):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(logging_dir or str(Path(output_dir) / "runs"))
+        self.file = open(Path(output_dir) / "metrics.jsonl", "a", encoding="utf-8")
+        self.bar = tqdm(total=total_steps, initial=first_step, desc="train", unit=" steps", dynamic_ncols=True)
+
+    def step(self):
+        self.bar.update()
+
+    def log(self, step, **values):
+        """values: numbers by name; those in COLUMNS are shown in this order, all are written."""
+        record = {"step": step, **values}
+        shown = [f"{name} {form.format(record[name])}" for name, form in COLUMNS.items() if name in record]
+        shown += [f"{name} {value:.5f}" for name, value in record.items() if name not in COLUMNS]
+        self.say("  ".join(shown))
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            self.writer.add_scalar(f"train/{name}" if name in COLUMNS else name, value, step)
+
+    def say(self, text):
+        self.bar.write(text)
+
+    def close(self):
+        self.bar.close()
+        self.file.close()
+        self.writer.close()
+
+
+class SilentTracker:
+    """The same calls on every other rank."""
+
+    def step(self):
+        pass
+
+    def log(self, step, **values):
+        pass
+
+    def say(self, text):
+        pass
+
+    def close(self):
+        pass
+
+
+class Meter:
+    """Sums since the last log line, kept on the device: nothing waits for it until `read`."""
+
+    def __init__(self, device):
+        self.loss = torch.zeros((), device=device)
+        self.start()
+
+    def start(self):
+        self.loss.zero_()
+        self.targets = self.tokens = 0
+        self.since = time.perf_counter()
+
+    def add(self, loss_sum, batch):
+        """loss_sum: scalar on the device, over the target tokens of `batch` (still on the CPU)."""
+        self.loss += loss_sum
+        self.targets += len(batch["target_index"])
+        self.tokens += batch["input_ids"].numel()
+
+    def read(self):
+        """Mean loss of a target token, and tokens (with padding) a second, over all ranks.
+
+        All ranks must call; waits for the device.
+        """
+        counts = self.loss.new_tensor([self.targets, self.tokens], dtype=torch.float64)
+        loss, targets, tokens = dist.sum_over_ranks(torch.cat((self.loss.double()[None], counts))).tolist()
+        return loss / max(targets, 1), tokens / (time.perf_counter() - self.since)
+
+
+def peak_gib(device):
+    """Peak memory of this rank in GiB: allocated on the card, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

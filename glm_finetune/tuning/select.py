@@ -1,0 +1,22 @@
+"""Train some of the base's own weights: all of them, or those whose names contain a given part."""
+
+
+def train_all(model):
+    """Every parameter learns."""
+    return model.requires_grad_(True)
+
+
+def train_named(model, parts):
+    """Only parameters whose name contains one of `parts` learn (the original's --freeze_module_name).
+
+    Raises ValueError naming the parts that match nothing, and examples of names that exist.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    unmatched = [part for part in parts if not any(part in name for name in names)]
+    if unmatched:
+        shown = sorted({".".join(name.split(".")[:-2]) for name in names})
+        raise ValueError(f"--freeze_module_name: no parameter name contains {', '.join(unmatched)}. Names begin with: "
+                         f"{', '.join(shown[:12])}, ...")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(part in name for part in parts))
+    return model
