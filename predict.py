@@ -1,0 +1,138 @@
+"""Ask a model: one question, a whole file, or a conversation in the terminal.
+
+    python predict.py --model_path output-glm3/epoch-2-step-3900 --instruction "你好"
+    python predict.py --model_path output-glm3/epoch-2-step-3900-merged --test_path data/spo_1.json
+    python predict.py --model_path ChatGLM3-6B/ --chat
+
+--model_path is a base checkpoint, a trained or merged folder, or an adapter (its base is found by itself). What was trained
+here is asked with the prompt of its training, a bare base with its official chat prompt.
+"""
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from glm_finetune import build, dist
+from glm_finetune.chat import answer_ids, chat
+from glm_finetune.config import PredictConfig, parse
+from glm_finetune.data.formats import instruction_messages, read_rows
+from glm_finetune.metrics import triple_scores
+from glm_finetune.modes.spec import Limits
+
+
+def main():
+    config = parse(PredictConfig, sys.argv[1:], __doc__)
+    device = dist.choose_device(config.device)
+    precision = dist.choose_precision(config.precision, device)
+    source = build.find_source(config.model_path, config.mode, config.ori_model_dir, config.template)
+    rows = list(read_checked_rows(config.test_path)) if config.test_path else []
+    dist.seed_all(config.seed)
+    tokenizer, model = build.load_source(source, precision, device)
+    if config.chat:
+        converse(model, tokenizer, source, config)
+    elif config.test_path:
+        answer_file(model, tokenizer, source, config, rows)
+    else:
+        messages = [{"role": "user", "content": config.instruction + config.input}]
+        print(answer_batch(model, tokenizer, source, config, [messages])[0])
+
+
+def sampling(config):
+    """Arguments of `generate` from the flags."""
+    if not config.do_sample:
+        return {"do_sample": False, "num_beams": config.num_beams}
+    return {"do_sample": True, "top_p": config.top_p, "temperature": config.temperature, "num_beams": config.num_beams}
+
+
+@torch.inference_mode()
+def answer_batch(model, tokenizer, source, config, conversations):
+    """Answers (list of str) to a list of conversations, generated together with padding on the left."""
+    stop = source.mode.stop_token_ids(tokenizer)
+    room = config.max_new_tokens or config.max_length // 4  # kept free for the answer when a question is too long
+    limits = Limits(config.max_length, max(8, config.max_length - room - 8))
+    rows = [source.mode.render(tokenizer, messages, limits, source.template).input_ids for messages in conversations]
+    width = max(map(len, rows))
+    batch = {name: torch.stack([torch.as_tensor(row) for row in values]).to(model.device)
+             for name, values in tokenizer.pad(rows, width, "left").items()}
+    limits = [config.max_new_tokens or config.max_length - len(row) for row in rows]
+    output = model.generate(**batch, max_new_tokens=max(limits), eos_token_id=stop, pad_token_id=tokenizer.pad_token_id,
+                            **sampling(config))
+    new_ids = [answer_ids(ids[:limit], stop) for ids, limit in zip(output[:, width:].tolist(), limits)]
+    return [tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip() for ids in new_ids]
+
+
+def read_checked_rows(path):
+    """(row, messages) of a file; the answer, where there is one, is left out of the messages."""
+    for line, row in read_rows(path):
+        messages = instruction_messages(row, f"{path}, line {line}", needs_output=False)
+        yield row, messages[:1]
+
+
+def answer_file(model, tokenizer, source, config, rows):
+    """Answer `rows` in order, one JSON line each; lines that a former run wrote are kept. Prints scores at the end."""
+    path = Path(config.output_path or Path(config.model_path) / "predictions.jsonl")
+    done = [] if config.overwrite else answered(path, rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_lines(path, done)  # drops what a killed run left half written
+    with open(path, "a", encoding="utf-8") as file:
+        for start in tqdm(range(len(done), len(rows), config.batch_size), desc="predict", unit=" batches"):
+            part = rows[start : start + config.batch_size]
+            answers = answer_batch(model, tokenizer, source, config, [messages for _, messages in part])
+            for (row, _), answer in zip(part, answers):
+                done.append({**row, "prediction": answer})
+                file.write(json.dumps(done[-1], ensure_ascii=False) + "\n")
+            file.flush()
+    print(f"{len(done)} answers in {path}")
+    pairs = [(row["prediction"], row["output"]) for row in done if "output" in row]
+    if pairs and any(len(line.split("_")) == 3 for _, gold in pairs for line in gold.split("\n")):
+        scores = triple_scores(pairs)
+        print(f"triples of {len(pairs)} samples: F1 {scores.mean_f1:.4f} (mean of the samples')  micro precision "
+              f"{scores.precision:.4f} recall {scores.recall:.4f} F1 {scores.f1:.4f}  exact {scores.exact:.4f}")
+
+
+def answered(path, rows):
+    """The complete lines of an earlier run. Raises ValueError if they answer other rows than these."""
+    if not path.is_file():
+        return []
+    done = []
+    for text, (row, _) in zip(path.read_text(encoding="utf-8").split("\n")[:-1], rows):
+        old = json.loads(text)
+        if any(old.get(name) != value for name, value in row.items()):
+            raise ValueError(f"{path}: line {len(done) + 1} answers another row than --test_path has there. Give another "
+                             "--output_path, or --overwrite.")
+        done.append(old)
+    return done
+
+
+def write_lines(path, rows):
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def converse(model, tokenizer, source, config):
+    """A conversation in the terminal: `clear` forgets it, `stop` (or Ctrl-D) ends it."""
+    print("Ask something; clear: begin anew, stop: leave.")
+    history = []
+    while True:
+        try:
+            query = input("\n用户：").strip()
+        except (EOFError, KeyboardInterrupt):
+            break
+        if query == "stop":
+            break
+        if query == "clear":
+            history = []
+        elif query:
+            print("\nChatGLM：", end="", flush=True)
+            length = {"max_new_tokens": config.max_new_tokens} if config.max_new_tokens else {"max_length": config.max_length}
+            _, history = chat(model, tokenizer, source.mode, query, history, template=source.template,
+                              on_text=lambda text: print(text, end="", flush=True), **length, **sampling(config))
+            print()
+
+
+if __name__ == "__main__":
+    dist.exit_with_message(main)
