@@ -59,7 +59,9 @@ FACT_CLAUSES = (
     ("用{tool}测得{part}{fault}", (PART_TOOL, PART_FAULT)),
 )
 # Parts that are sound or repaired, and circumstances: no triple.
-PLAIN_CLAUSES = ("{part}正常", "更换了{part}", "清洗{part}后试车", "检查{part}正常", "行驶{km}公里", "用户报修", "雨天行驶")
+PLAIN_CLAUSES = (
+    "{part}正常", "更换了{part}", "清洗{part}后试车", "检查{part}正常", "行驶{km}公里", "用户报修", "雨天行驶",
+)
 
 
 def held_out(part: str, fault: str) -> bool:

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# All tests (some minutes on two cores), or the quick ones: bash run_scripts/test.sh -m "not slow"
+source "$(dirname "$0")/setup.sh"
+
+ruff check .
+python -m pytest tests -q "$@"
