@@ -1,0 +1,40 @@
+"""Fixtures: one tiny checkpoint of each mode for the whole session, and small data files."""
+import json
+from pathlib import Path
+
+import pytest
+
+from glm_finetune import MODE
+from tests.tiny import make_checkpoint
+
+DATA = Path(__file__).parents[1] / "data"
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """{mode name: folder} of tiny random checkpoints in the original layout. Read only."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {name: make_checkpoint(name, root / name, **long_enough(name)) for name in MODE}
+
+
+def long_enough(mode_name):
+    """The 6B models' context, so that their commands run unchanged."""
+    return {"max_sequence_length" if mode_name == "glm" else "seq_length": 2048}
+
+
+@pytest.fixture(scope="session")
+def rows():
+    """Eleven rows of the shipped data with answers of very different length, one of them empty."""
+    lines = (DATA / "spo_0.json").read_text(encoding="utf-8").splitlines()[:11]
+    rows = [json.loads(line) for line in lines]
+    rows[3]["output"] = ""
+    rows[5]["output"] = rows[5]["output"] * 4
+    return rows
+
+
+@pytest.fixture
+def data_file(tmp_path, rows):
+    """The rows as a JSONL file."""
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path

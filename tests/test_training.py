@@ -1,0 +1,142 @@
+"""The loop: the same numbers however a step is split, and what it leaves behind."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from glm_finetune import MODE
+from glm_finetune.checkpoint import checkpoints as checkpoints_in
+from glm_finetune.tuning import TRAIN_TYPE
+from tests.ranks import run_ranks, train_arguments, train_main
+
+SPLITS = {"1 rank x 4": (1, 4, 1), "1 x 2 x 2": (1, 2, 2), "2 ranks x 2": (2, 2, 1)}  # ranks, micro-batch, accumulation
+
+
+def run(mode, train_type, checkpoints, data_file, output_dir, world_size=1, **flags):
+    """Train; returns (metrics by line, {name: tensor} of the last checkpoint, its folder, what was printed)."""
+    arguments = train_arguments(mode, train_type, checkpoints[mode], data_file, output_dir, **flags)
+    printed = run_ranks(train_main, world_size, arguments)[0]
+    records = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    folder = checkpoints_in(output_dir)[-1]
+    weights = next(p for p in folder.glob("*.safetensors"))
+    return records, load_file(weights), folder, printed
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    """All trained numbers as one vector, relative to its length.
+
+    Not tensor by tensor: the key bias of unrotated dimensions has an exact gradient of 0 (softmax ignores a shift), so
+    its rounding noise is all that Adam sees there, and Adam scales noise up to the learning rate.
+    """
+    assert actual.keys() == expected.keys()
+    difference = sum((actual[name] - tensor).double().pow(2).sum() for name, tensor in expected.items()).sqrt()
+    size = sum(tensor.double().pow(2).sum() for tensor in expected.values()).sqrt()
+    assert difference <= tolerance * size, f"{difference / size:.2e} of the weights' norm"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train_type", TRAIN_TYPE)
+@pytest.mark.parametrize("mode", MODE)
+def test_loss_and_weights_do_not_depend_on_how_a_step_is_split(mode, train_type, checkpoints, data_file, tmp_path):
+    # 11 rows: the last step of an epoch has three, so that one of four slots is empty; targets differ in every slot.
+    results = {}
+    for name, (world_size, batch_size, accumulate) in SPLITS.items():
+        records, weights, _, _ = run(mode, train_type, checkpoints, data_file, tmp_path / name, world_size,
+                                     per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulate,
+                                     num_train_epochs=2)
+        results[name] = [r["loss"] for r in records], [r["grad_norm"] for r in records], weights
+    losses, norms, weights = results.pop("1 rank x 4")
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    for other_losses, other_norms, other_weights in results.values():
+        assert other_losses == pytest.approx(losses, rel=1e-5)
+        assert other_norms == pytest.approx(norms, rel=1e-4)
+        assert_close(other_weights, weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ds_file", ["ds_zero2_offload.json", "ds_zero3_no_offload.json", "ds_zero3_offload.json"])
+@pytest.mark.parametrize("train_type", ["lora", "all"])
+def test_stages_and_offloading_give_the_numbers_of_stage_2(train_type, ds_file, checkpoints, data_file, tmp_path):
+    losses, norms, weights = [], [], []
+    for name, file in (("plain", "ds_zero2_no_offload.json"), ("other", ds_file)):
+        records, tensors, _, _ = run("glm2", train_type, checkpoints, data_file, tmp_path / name, 2, ds_file=file,
+                                     per_device_train_batch_size=2)
+        losses.append([r["loss"] for r in records])
+        weights.append(tensors)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert_close(weights[1], weights[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODE)
+def test_gradient_checkpointing_changes_no_number(mode, checkpoints, data_file, tmp_path):
+    plain = run(mode, "lora", checkpoints, data_file, tmp_path / "plain")
+    again = run(mode, "lora", checkpoints, data_file, tmp_path / "again", gradient_checkpointing=True)
+    assert [r["loss"] for r in again[0]] == pytest.approx([r["loss"] for r in plain[0]], rel=1e-6)
+    assert_close(again[1], plain[1], 1e-6)
+
+
+@pytest.mark.slow
+def test_bf16_follows_fp32(checkpoints, data_file, tmp_path):
+    exact = run("glm3", "all", checkpoints, data_file, tmp_path / "fp32", learning_rate=1e-3)
+    short = run("glm3", "all", checkpoints, data_file, tmp_path / "bf16", learning_rate=1e-3, precision="bf16")
+    assert [r["loss"] for r in short[0]] == pytest.approx([r["loss"] for r in exact[0]], rel=1e-2)
+    assert next(iter(short[1].values())).dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODE)
+def test_adapter_loads_in_plain_peft_and_gives_the_final_loss(mode, checkpoints, data_file, tmp_path):
+    records, _, folder, _ = run(mode, "lora", checkpoints, data_file, tmp_path / "out", num_train_epochs=2, eval_path=data_file)
+    base = MODE[mode].model.from_pretrained(checkpoints[mode], dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(folder))
+    tokenizer = MODE[mode].tokenizer.from_pretrained(folder)
+    data = MODE[mode].dataset(data_file, tokenizer, max_len=128, max_src_len=64)
+    total = sum(model(input_ids=torch.tensor([r["input_ids"]]), labels=torch.tensor([r["labels"]]), num_targets=1).loss
+                for r in data)
+    assert total.item() / data.report.targets == pytest.approx(records[-1]["eval_loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_saved_weights_are_a_checkpoint_of_the_original_layout(checkpoints, data_file, tmp_path):
+    _, tensors, folder, _ = run("glm", "all", checkpoints, data_file, tmp_path / "out")
+    original = load_file(checkpoints["glm"] / "model.safetensors")
+    assert tensors.keys() == original.keys()  # lm_head and inverse frequencies included
+    assert json.loads((folder / "config.json").read_text()) == json.loads((checkpoints["glm"] / "config.json").read_text())
+    assert (folder / "ice_text.model").read_bytes() == (checkpoints["glm"] / "ice_text.model").read_bytes()
+
+
+@pytest.mark.slow
+def test_saves_by_step_and_epoch_and_keeps_the_newest(checkpoints, data_file, tmp_path):
+    _, _, folder, printed = run("glm3", "lora", checkpoints, data_file, tmp_path / "out", num_train_epochs=2,
+                                save_model_step=2, save_total_limit=2)
+    names = [path.name for path in checkpoints_in(tmp_path / "out")]
+    assert names == ["epoch-2-step-4", "epoch-2-step-6"]  # of steps 2, 3, 4, 6
+    record = json.loads((folder / "train_config.json").read_text())
+    assert (record["mode"], record["train_type"], record["epoch"], record["step"]) == ("glm3", "lora", 2, 6)
+    assert "⟦<|assistant|>" in printed and "3 steps an epoch; 6 steps in all" in printed
+    assert list((tmp_path / "out/runs").glob("events*"))
+
+
+def test_every_epoch_sees_every_row_once_in_an_order_of_its_own():
+    from glm_finetune.data.sampler import StepSampler
+
+    for world_size in (1, 2, 3):
+        sampler = StepSampler(23, 2, 2, world_size, seed=7)
+        orders = []
+        for epoch in range(2):
+            slots = [[sampler.micro_batches(epoch, step, rank) for rank in range(world_size)]
+                     for step in range(sampler.steps_per_epoch)]
+            assert all(len(own) == 2 and all(len(slot) <= 2 for slot in own) for ranks in slots for own in ranks)
+            steps = [sorted(i for own in ranks for slot in own for i in slot) for ranks in slots]
+            assert sorted(sum(steps, [])) == list(range(23))
+            orders.append(sampler.order(epoch))
+        assert orders[0] != orders[1]
+        assert orders == [StepSampler(23, 5, 1, 1, seed=7).order(epoch) for epoch in range(2)]
+
+
+def test_nothing_is_left_in_shared_memory():
+    assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer*"))
