@@ -5,10 +5,13 @@
 import argparse
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
 
+DEFAULT_DS_FILE = "ds_zero2_no_offload.json"
+MIN_PROMPT = 32  # tokens of a prompt in prediction, at least; fewer would cut every question to nothing
 
 def flag(help, default=dataclasses.MISSING, choices=None):
     """A dataclass field with what `--help` says of it."""
@@ -51,7 +54,7 @@ class TrainConfig:
 
     precision: str | None = flag("bf16, fp16 or fp32; default: the best the card can do (fp32 on a CPU)", None)
     gradient_checkpointing: bool = flag("compute activations again in the backward pass instead of keeping them", False)
-    ds_file: str = flag("DeepSpeed file (memory strategy); a bare name is looked up in ds_configs/", "ds_zero2_no_offload.json")
+    ds_file: str = flag("DeepSpeed file (memory strategy); a bare name is looked up in ds_configs/", DEFAULT_DS_FILE)
     device: str | None = flag("cuda or cpu; default: cuda where there is a card", None)
 
     show_loss_step: int = flag("optimizer steps between two log lines", 10)
@@ -65,6 +68,9 @@ class TrainConfig:
 
     def __post_init__(self):
         if self.deepspeed_config:
+            if self.ds_file not in (DEFAULT_DS_FILE, self.deepspeed_config):
+                raise ValueError(f"--ds_file {self.ds_file} and --deepspeed_config {self.deepspeed_config} are two names of "
+                                 "one flag: give one of them.")
             self.ds_file = self.deepspeed_config
 
     def problems(self):
@@ -82,6 +88,11 @@ class TrainConfig:
         for name in ("weight_decay", "max_grad_norm"):
             if getattr(self, name) < 0:
                 yield f"--{name} {getattr(self, name)}: must not be negative."
+        for name in ("lora_module_name", "freeze_module_name"):
+            value = getattr(self, name)
+            if value is not None and not value.strip(", "):
+                yield f"--{name} {value!r}: names nothing. Give names with commas between them, or leave the flag out."
+        yield from bad_seed(self.seed)
         for name, allowed in (("lr_scheduler", ("linear", "cosine", "constant")), ("device", ("cuda", "cpu")),
                               ("precision", ("bf16", "fp16", "fp32"))):
             yield from unknown_choice(name, getattr(self, name), allowed)
@@ -132,17 +143,42 @@ class PredictConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 yield f"--{name} {value}: must be above 0."
+        if not 0 < self.top_p <= 1:
+            yield f"--top_p {self.top_p}: must be above 0 and at most 1."
+        if self.max_length < (self.max_new_tokens or 0) + MIN_PROMPT:
+            yield (f"--max_length {self.max_length} leaves fewer than {MIN_PROMPT} tokens for the prompt"
+                   + (f" beside --max_new_tokens {self.max_new_tokens}" if self.max_new_tokens else "") + ": raise it.")
+        yield from bad_seed(self.seed)
         yield from unknown_choice("precision", self.precision, ("bf16", "fp16", "fp32"))
         yield from unknown_choice("template", self.template, ("train", "official"))
         if sum((self.chat, self.test_path is not None, self.instruction is not None)) != 1:
             yield "give exactly one of --instruction TEXT, --test_path FILE and --chat."
+        if self.input and self.instruction is None:
+            yield "--input goes with --instruction only."
 
 
 def unknown_choice(name, value, allowed):
     """Yield a problem, with the nearest allowed value, unless `value` is None or allowed."""
     if value is not None and value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, 1)
+        near = difflib.get_close_matches(str(value).lower(), allowed, 1, cutoff=0.7)
         yield f"--{name} {value!r}: must be one of {', '.join(allowed)}." + (f" Did you mean {near[0]}?" if near else "")
+
+
+def bad_seed(seed):
+    """Yield a problem unless numpy and torch both take the seed."""
+    if not 0 <= seed < 2**32:
+        yield f"--seed {seed}: must be between 0 and {2**32 - 1}."
+
+
+def parse_float(text):
+    """Text -> float; Python's own float() also takes nan and inf, which pass every comparison or poison every weight."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a finite number, not {text!r}")
+    return value
 
 
 def parse_bool(text):
@@ -156,27 +192,37 @@ def parse_bool(text):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise ValueError(message)
+        raise ValueError(f"{message.removeprefix('argument ')}. --help says what each flag takes.")
+
+
+class _Once(argparse.Action):
+    """Store a value; a flag given a second time is an error, where argparse would forget the first in silence."""
+
+    def __call__(self, parser, values, value, option_string=None):
+        if self.dest in values.given:
+            parser.error(f"--{self.dest} is given twice ({getattr(values, self.dest)} and {value})")
+        values.given.add(self.dest)
+        setattr(values, self.dest, value)
 
 
 def parse(config_class, arguments, description=None):
     """Arguments -> config_class. Raises ValueError naming every unknown flag (with the nearest) and every problem."""
     parser = _Parser(description=description or config_class.__doc__.splitlines()[0], allow_abbrev=False,
                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    required = {item.name: item.metadata["help"] for item in dataclasses.fields(config_class)
+                if item.default is dataclasses.MISSING}
     for item in dataclasses.fields(config_class):
         kind = _value_type(item.type)
-        options = {"help": item.metadata["help"], "required": item.default is dataclasses.MISSING}
-        if kind is bool:
-            options |= {"type": parse_bool, "nargs": "?", "const": True}
-        else:
-            options["type"] = kind
-        if not options["required"]:
-            options["default"] = item.default
-        parser.add_argument(f"--{item.name}", **options)
-    values, unknown = parser.parse_known_args(arguments)
+        options = {"type": {bool: parse_bool, float: parse_float}.get(kind, kind), "help": item.metadata["help"]}
+        options |= {"nargs": "?", "const": True} if kind is bool else {}
+        options["default"] = None if item.name in required else item.default
+        parser.add_argument(f"--{item.name}", action=_Once, **options)
+    values, unknown = parser.parse_known_args(arguments, argparse.Namespace(given=set()))
+    del values.given
     names = [f"--{item.name}" for item in dataclasses.fields(config_class)]
     problems = [_unknown_flag(text, names) for text in unknown if text.startswith("-")]
     problems += [f"{text!r} belongs to no flag." for text in unknown if not text.startswith("-") and not problems]
+    problems += [f"--{name} must be given: {what}." for name, what in required.items() if not getattr(values, name)]
     config = config_class(**vars(values))
     raise_together([*problems, *config.problems()])
     return config

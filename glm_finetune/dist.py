@@ -62,7 +62,7 @@ def choose_device(wanted=None):
         return torch.device("cpu")
     index = int(os.environ.get("LOCAL_RANK", 0))
     if wanted not in (None, "cuda"):
-        if not str(wanted).isdigit():
+        if not str(wanted).isdecimal():
             raise ValueError(f"--device {wanted}: expected cpu, cuda or the number of a card.")
         index = int(wanted)
     if index >= num_cards:

@@ -4,6 +4,7 @@ The file owns the memory strategy (`zero_optimization`), the flags own the numbe
 it says what the flag says; "auto" is filled in; anything else is an error that names both.
 """
 import difflib
+import json
 from pathlib import Path
 
 from glm_finetune.config import raise_together
@@ -16,6 +17,7 @@ PASSED_ON = ("zero_optimization", "zero_allow_untested_optimizer", "zero_force_d
              "communication_data_type", "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "dump_state",
              "prescale_gradients", "gradient_predivide_factor", "data_types", "checkpoint", "seq_parallel_communication_data_type",
              "sparse_gradients", "activation_checkpointing")
+SUBSECTIONS = {"zero_optimization": ("offload_param", "offload_optimizer"), "optimizer": ("params",)}
 
 
 def read_ds_file(name):
@@ -27,9 +29,20 @@ def read_ds_file(name):
         raise ValueError(f"--ds_file {name}: no such file. Shipped in ds_configs/: "
                          f"{', '.join(sorted(p.name for p in FOLDER.glob('*.json')))}.")
     value = read_json(path)
-    if not isinstance(value, dict):
-        raise ValueError(f"--ds_file {name}: expected an object, found a {type(value).__name__}.")
+    raise_together(_malformed(value))
     return value
+
+
+def _malformed(value, names=("zero_optimization", "bf16", "fp16", "optimizer", "scheduler"), where=""):
+    """Problems of sections that are no objects: everything after this may look into them."""
+    for name in names:
+        section = value.get(name, {})
+        if not isinstance(section, dict):
+            yield f"ds_file: {where}{name} must be an object, found {json.dumps(section)}; leave it out to have the default."
+        elif section.get("enabled", "auto") not in (True, False, "auto"):
+            yield f"ds_file: {where}{name}.enabled must be true or false, found {json.dumps(section['enabled'])}."
+        elif name in SUBSECTIONS:
+            yield from _malformed(section, SUBSECTIONS[name], f"{name}.")
 
 
 def precision_of(ds_json):
@@ -62,7 +75,7 @@ def resolve(ds_json, config, world_size, precision, device_type):
         **{key: value for key, (value, _) in numbers.items()},
         "zero_optimization": zero,
         "bf16": {"enabled": precision == "bf16"},
-        "fp16": {"loss_scale_window": 100, **ds_json.get("fp16", {}), "enabled": precision == "fp16"},
+        "fp16": {"loss_scale_window": 100, **_without_auto(ds_json.get("fp16", {})), "enabled": precision == "fp16"},
         # torch's fused AdamW: no compiler needed on any machine, no temporary copy of the weights, resumes bit for bit.
         "optimizer": {"type": "AdamW", "params": {"lr": config.learning_rate, "betas": [0.9, 0.95], "eps": 1e-8,
                                                   "weight_decay": config.weight_decay, "torch_adam": True, "fused": True}},
@@ -80,10 +93,13 @@ def _unknown_keys(ds_json):
 def _contradictions(ds_json, numbers, config, precision):
     for key, (value, flag) in numbers.items():
         if ds_json.get(key, "auto") not in ("auto", value):
-            yield f"ds_file says {key} = {ds_json[key]}, {flag} says {value}: leave it out of the file or make them equal."
+            yield f"ds_file says {key} = {ds_json[key]!r}, {flag} says {value}: leave it out of the file or make them equal."
+    if ds_json.get("optimizer", {}).get("type", "AdamW") not in ("Adam", "AdamW"):
+        yield f"ds_file has an optimizer {ds_json['optimizer']['type']!r}; training uses AdamW: leave the section out."
     params = ds_json.get("optimizer", {}).get("params", {})
     for key, value, flag in (("lr", config.learning_rate, "--learning_rate"),
-                             ("weight_decay", config.weight_decay, "--weight_decay"), ("betas", [0.9, 0.95], "training")):
+                             ("weight_decay", config.weight_decay, "--weight_decay"), ("betas", [0.9, 0.95], "training"),
+                             ("eps", 1e-8, "training")):
         if params.get(key, "auto") not in ("auto", value):
             yield f"ds_file says optimizer {key} = {params[key]}, {flag} says {value}: leave it out of the file."
     wanted = precision_of(ds_json)

@@ -31,7 +31,7 @@ def weight_files(folder):
         raise ValueError(f"{folder}: no such folder. Give the folder of a checkpoint (config.json, weights, tokenizer).")
     for name in INDEX_FILES:
         if (folder / name).is_file():
-            shards = sorted(set(read_json(folder / name)["weight_map"].values()))
+            shards = _shards(folder / name)
             missing = [shard for shard in shards if not (folder / shard).is_file()]
             if missing:
                 raise ValueError(f"{folder}: {name} lists {len(missing)} shard(s) that are not there: {missing}. "
@@ -44,24 +44,43 @@ def weight_files(folder):
                      f"found {sorted(p.name for p in folder.iterdir())}.")
 
 
+def _shards(index_file):
+    """File names in an index, sorted. Raises ValueError if it has no map from names to files."""
+    weight_map = read_json(index_file).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ValueError(f"{index_file}: no weight_map from parameter names to file names. Copy the file again.")
+    return sorted(set(weight_map.values()))
+
+
 def read_json(path):
-    """The object in a JSON file. Raises ValueError naming the file if it is missing or not JSON."""
+    """The object in a JSON file, as a dict. Raises ValueError naming the file if it is missing, not JSON or not an object."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found a {type(value).__name__}.")
+    return value
 
 
 def iter_tensors(folder):
     """Yield (name, tensor on the CPU) for all weights in `folder`, one shard open at a time."""
     for path in weight_files(folder):
-        try:
-            yield from _iter_safetensors(path) if path.suffix == ".safetensors" else _iter_bin(path)
-        except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
-            raise ValueError(f"{path}: the file is damaged or not a weight file ({_first_line(error)}). "
-                             "Copy it again and compare its size with the source.") from error
+        yield from iter_file(path)
+
+
+def iter_file(path):
+    """Yield (name, tensor on the CPU) of one file. Raises ValueError naming it if it is damaged or holds anything else."""
+    try:
+        yield from _iter_safetensors(path) if path.suffix == ".safetensors" else _iter_bin(path)
+    except pickle.UnpicklingError:  # torch's message advises to switch the protection off
+        raise ValueError(f"{path}: refused, it does not hold plain tensors. It is damaged, a git-lfs pointer (then: git lfs "
+                         "pull), or a pickle with objects in it, which could run any code.") from None
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path}: the file is damaged or not a weight file ({_first_line(error)}). Copy it again and "
+                         "compare its size with the source; some hundred bytes are a git-lfs pointer (git lfs pull).") from error
 
 
 def file_dtypes(folder):
@@ -70,7 +89,7 @@ def file_dtypes(folder):
 
 
 def _first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
 
 
 def _iter_safetensors(path):
@@ -86,6 +105,8 @@ def _iter_bin(path):
         if "mmap" not in str(error):
             raise
         tensors = torch.load(path, map_location="cpu", weights_only=True)  # a file of torch < 1.6
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise pickle.UnpicklingError("not a dict of tensors")
     yield from tensors.items()
 
 
@@ -107,6 +128,8 @@ def fill(model, folder, dtype, device="cpu", ignore=(), may_miss=(), aliases=Non
             continue
         if target not in parameters:
             unexpected.append(name)
+        elif not tensor.is_floating_point():
+            misshaped.append(f"{name}: {tensor.dtype} in the file (quantised?), a floating-point type expected")
         elif tuple(parameters[target].shape) != tuple(tensor.shape):
             misshaped.append(f"{name}: {tuple(tensor.shape)} in the file, {tuple(parameters[target].shape)} expected")
         elif name != target or target not in seen or target not in aliases.values():
@@ -114,7 +137,7 @@ def fill(model, folder, dtype, device="cpu", ignore=(), may_miss=(), aliases=Non
         seen.add(target)
     missing = [name for name in parameters if name not in seen and not any(part in name for part in may_miss)]
     problems = [f"{kind} ({len(names)}): {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-                for kind, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshaped)) if names]
+                for kind, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape or type", misshaped)) if names]
     if problems:
         raise ValueError(f"{folder}: the weights do not fit the model of its config.json.\n  " + "\n  ".join(problems))
     return [name for name in parameters if name not in seen]
