@@ -29,15 +29,15 @@ def main():
     source = build.find_source(config.model_dir, config.mode, config.ori_model_dir)
     if source.adapter is None:
         raise ValueError(f"--model_dir {config.model_dir}: no adapter (adapter_config.json without config.json beside it).")
-    target = Path(config.output_dir or f"{str(source.adapter).rstrip('/')}-merged")
-    check_target(target, source.adapter)
+    target = Path(config.output_dir or f"{os.path.abspath(source.adapter)}-merged")
+    temporary = target.with_name(f"tmp-{target.name}")
+    check_target(target, temporary, source.adapter)
     dtypes = file_dtypes(source.base)
     dtype = DTYPES[config.dtype] if config.dtype else most_common(dtypes.values())
 
     tokenizer, model = build.load_source(source, "fp32", "cpu")
     samples = probe(model, tokenizer, source)
     merged = model.merge_and_unload()
-    temporary = target.with_name(f"tmp-{target.name}")
     try:
         write(merged, source, temporary, tokenizer, dtype, {} if config.dtype else dtypes)
         difference, scale, agreement = compare(source, temporary, samples)
@@ -51,10 +51,11 @@ def main():
     print(f"wrote {target}")
 
 
-def check_target(target, adapter):
-    """Raise ValueError if the merged folder exists or lies in the adapter's."""
-    if target.exists():
-        raise ValueError(f"--output_dir {target} exists. Give another folder or remove it.")
+def check_target(target, temporary, adapter):
+    """Raise ValueError if the merged folder or its temporary one exists, or it lies in the adapter's."""
+    for folder in (target, temporary):
+        if folder.exists():
+            raise ValueError(f"--output_dir {target}: {folder} exists. Give another folder or remove it.")
     if adapter.resolve() in [target.resolve(), *target.resolve().parents]:
         raise ValueError(f"--output_dir {target} lies in the adapter's folder, which is never written to.")
 

@@ -22,6 +22,7 @@ from glm_finetune.data.formats import instruction_messages, read_rows
 from glm_finetune.metrics import triple_scores
 from glm_finetune.modes.spec import Limits
 
+ELSEWHERE = "Give another --output_path, or --overwrite to answer everything again."
 
 def main():
     config = parse(PredictConfig, sys.argv[1:], __doc__)
@@ -29,12 +30,14 @@ def main():
     precision = dist.choose_precision(config.precision, device)
     source = build.find_source(config.model_path, config.mode, config.ori_model_dir, config.template)
     rows = list(read_checked_rows(config.test_path)) if config.test_path else []
+    path = Path(config.output_path or Path(config.model_path) / "predictions.jsonl")
+    done = answered(path, rows, config) if config.test_path else []
     dist.seed_all(config.seed)
     tokenizer, model = build.load_source(source, precision, device)
     if config.chat:
         converse(model, tokenizer, source, config)
     elif config.test_path:
-        answer_file(model, tokenizer, source, config, rows)
+        answer_file(model, tokenizer, source, config, rows, path, done)
     else:
         messages = [{"role": "user", "content": config.instruction + config.input}]
         print(answer_batch(model, tokenizer, source, config, [messages])[0])
@@ -71,10 +74,8 @@ def read_checked_rows(path):
         yield row, messages[:1]
 
 
-def answer_file(model, tokenizer, source, config, rows):
-    """Answer `rows` in order, one JSON line each; lines that a former run wrote are kept. Prints scores at the end."""
-    path = Path(config.output_path or Path(config.model_path) / "predictions.jsonl")
-    done = [] if config.overwrite else answered(path, rows)
+def answer_file(model, tokenizer, source, config, rows, path, done):
+    """Answer `rows` in order, one JSON line each, after those `done` by an earlier run. Prints scores at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_lines(path, done)  # drops what a killed run left half written
     with open(path, "a", encoding="utf-8") as file:
@@ -93,18 +94,30 @@ def answer_file(model, tokenizer, source, config, rows):
               f"{scores.precision:.4f} recall {scores.recall:.4f} F1 {scores.f1:.4f}  exact {scores.exact:.4f}")
 
 
-def answered(path, rows):
-    """The complete lines of an earlier run. Raises ValueError if they answer other rows than these."""
-    if not path.is_file():
+def answered(path, rows, config):
+    """The complete lines of an earlier run (a killed one ends within a line, or within a character).
+
+    Raises ValueError if they are not answers to `rows` in this order, or would be written over the questions.
+    """
+    if path.exists() and path.samefile(config.test_path):
+        raise ValueError(f"--output_path {path} is the file of --test_path: give another one.")
+    if config.overwrite or not path.exists():
         return []
-    done = []
-    for text, (row, _) in zip(path.read_text(encoding="utf-8").split("\n")[:-1], rows):
+    lines = path.read_bytes().split(b"\n")[:-1]
+    if len(lines) > len(rows):
+        raise ValueError(f"{path}: has {len(lines)} answers, --test_path {len(rows)} rows. {ELSEWHERE}")
+    return [answer_in(text, row, f"{path}, line {i}") for i, (text, (row, _)) in enumerate(zip(lines, rows), 1)]
+
+
+def answer_in(text, row, where):
+    """The object in a line of an earlier run. Raises ValueError naming `where` unless it is `row` with a prediction."""
+    try:
         old = json.loads(text)
-        if any(old.get(name) != value for name, value in row.items()):
-            raise ValueError(f"{path}: line {len(done) + 1} answers another row than --test_path has there. Give another "
-                             "--output_path, or --overwrite.")
-        done.append(old)
-    return done
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise ValueError(f"{where}: not JSON. {ELSEWHERE}") from None
+    if not isinstance(old, dict) or "prediction" not in old or any(old.get(name) != row[name] for name in row):
+        raise ValueError(f"{where}: answers another row than --test_path has there. {ELSEWHERE}")
+    return old
 
 
 def write_lines(path, rows):

@@ -133,12 +133,13 @@ def main():
     total_steps = config.max_steps or config.num_train_epochs * sampler.steps_per_epoch
 
     engine.start(device)
-    checkpoint.create_output_dir(config.output_dir)
+    engine.check(ds_config)
     dist.seed_all(config.seed)
     model = build.load_base(mode, config.model_name_or_path, precision, device, config.gradient_checkpointing)
     model = train_type.apply(model, config, mode)
     dist.print_main(start_lines(config, ds_config, model, rows, eval_rows, tokenizer, sampler, total_steps, device, precision))
     ds_engine = engine.new_engine(model, ds_config, config.weight_decay)
+    checkpoint.create_output_dir(config.output_dir)  # not before: what fails until here must not cost the old results
     dist.seed_all(config.seed + dist.rank())  # dropout differs between ranks
     record = checkpoint.train_record(config, world_size)
     tracker = Tracker(config.output_dir, config.logging_dir, total_steps) if dist.is_main() else SilentTracker()

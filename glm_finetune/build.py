@@ -29,6 +29,9 @@ def check_base(mode, folder, max_len=0):
     """
     config = mode.config.from_pretrained(folder)
     weight_files(folder)
+    if config.source.get("quantization_bit"):
+        raise ValueError(f"{folder}: quantised to {config.source['quantization_bit']} bits (its config.json); give the "
+                         "original checkpoint in 16 bit.")
     name = str(config.source.get("_name_or_path", ""))
     if re.search(mode.other_names, name, re.IGNORECASE):
         raise ValueError(f"{folder}: its config.json says it is {name}, not a model for --mode {mode.name}. If that is wrong, "
@@ -72,6 +75,7 @@ def find_source(folder, mode_name=None, base=None, template=None):
     mode_name, base, template replace what the folder says. Raises ValueError saying what is missing and which flag gives it.
     """
     folder = Path(folder)
+    raise_together(unknown_choice("mode", mode_name, tuple(MODE)))
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder.")
     record = read_json(folder / "train_config.json") if (folder / "train_config.json").is_file() else {}
@@ -96,7 +100,9 @@ def _recorded_base(folder, record):
 def _mode_of(base):
     """The mode of a bare checkpoint, from the fields and the name in its config.json; None if they leave it open."""
     if not (base / "config.json").is_file():
-        raise ValueError(f"{base}: has no config.json; expected a checkpoint or an adapter (adapter_config.json).")
+        inside = sorted(path.name for path in base.glob("*/*config.json") for path in [path.parent])
+        raise ValueError(f"{base}: has no config.json; expected a checkpoint or an adapter (adapter_config.json)."
+                         + (f" Give one of the folders in it: {', '.join(dict.fromkeys(inside))}." if inside else ""))
     fields = read_json(base / "config.json")
     if all(name in fields for name in MODE["glm"].config.required_fields):
         return "glm"

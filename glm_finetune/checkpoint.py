@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from peft import get_peft_model_state_dict
-from safetensors import SafetensorError
 
 from glm_finetune import dist
 from glm_finetune.weights import write_json, write_tensors
@@ -92,7 +91,7 @@ def save(model, tokenizer, train_type, output_dir, epoch, step, record, total_li
         try:
             _write(model, tokenizer, train_type, temporary, tensors, {**record, "epoch": epoch, "step": step})
             os.replace(temporary, target)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             problem = f"saving {target} failed: {error}. Earlier checkpoints are untouched."
     for _ in tensors:  # ranks that do not write take part in the gathering all the same

@@ -69,8 +69,8 @@ class TrainConfig:
     def __post_init__(self):
         if self.deepspeed_config:
             if self.ds_file not in (DEFAULT_DS_FILE, self.deepspeed_config):
-                raise ValueError(f"--ds_file {self.ds_file} and --deepspeed_config {self.deepspeed_config} are two names of "
-                                 "one flag: give one of them.")
+                raise ValueError(f"--ds_file {self.ds_file} and --deepspeed_config {self.deepspeed_config} are two "
+                                 "names of one flag: give one of them.")
             self.ds_file = self.deepspeed_config
 
     def problems(self):
@@ -171,7 +171,7 @@ def bad_seed(seed):
 
 
 def parse_float(text):
-    """Text -> float; Python's own float() also takes nan and inf, which pass every comparison or poison every weight."""
+    """Text -> float; Python's own float() also takes nan and inf, which pass comparisons and poison every weight."""
     try:
         value = float(text)
     except ValueError:

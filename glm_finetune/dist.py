@@ -2,6 +2,7 @@
 import os
 import random
 import sys
+import time
 
 import numpy
 import torch
@@ -61,12 +62,13 @@ def choose_device(wanted=None):
     if wanted == "cpu" or (wanted is None and num_cards == 0):
         return torch.device("cpu")
     index = int(os.environ.get("LOCAL_RANK", 0))
+    last = max(index, int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)  # every rank sees it if any has no card
     if wanted not in (None, "cuda"):
         if not str(wanted).isdecimal():
             raise ValueError(f"--device {wanted}: expected cpu, cuda or the number of a card.")
-        index = int(wanted)
-    if index >= num_cards:
-        raise ValueError(f"--device {wanted or 'cuda'}: card {index} was asked for, this machine shows {num_cards} (torch "
+        index = last = int(wanted)
+    if last >= num_cards:
+        raise ValueError(f"--device {wanted or 'cuda'}: card {last} was asked for, this machine shows {num_cards} (torch "
                          f"{torch.__version__}, CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}). "
                          "Use --device cpu, or install the CUDA build of torch and a driver.")
     return torch.device("cuda", index)
@@ -104,4 +106,6 @@ def exit_with_message(main):
             raise
         if is_main():
             print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(1)  # launchers stop all ranks at the first exit: let rank 0 speak before
         sys.exit(2)

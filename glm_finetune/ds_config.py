@@ -38,7 +38,7 @@ def _malformed(value, names=("zero_optimization", "bf16", "fp16", "optimizer", "
     for name in names:
         section = value.get(name, {})
         if not isinstance(section, dict):
-            yield f"ds_file: {where}{name} must be an object, found {json.dumps(section)}; leave it out to have the default."
+            yield f"ds_file: {where}{name} must be an object, found {json.dumps(section)}; leave it out."
         elif section.get("enabled", "auto") not in (True, False, "auto"):
             yield f"ds_file: {where}{name}.enabled must be true or false, found {json.dumps(section['enabled'])}."
         elif name in SUBSECTIONS:
@@ -93,7 +93,7 @@ def _unknown_keys(ds_json):
 def _contradictions(ds_json, numbers, config, precision):
     for key, (value, flag) in numbers.items():
         if ds_json.get(key, "auto") not in ("auto", value):
-            yield f"ds_file says {key} = {ds_json[key]!r}, {flag} says {value}: leave it out of the file or make them equal."
+            yield f"ds_file says {key} = {ds_json[key]!r}, {flag} says {value}: leave it out or make them equal."
     if ds_json.get("optimizer", {}).get("type", "AdamW") not in ("Adam", "AdamW"):
         yield f"ds_file has an optimizer {ds_json['optimizer']['type']!r}; training uses AdamW: leave the section out."
     params = ds_json.get("optimizer", {}).get("params", {})
@@ -116,6 +116,8 @@ def _zero_problems(zero):
         yield f"ds_file: zero_optimization.stage is {stage!r}, must be 0, 1, 2 or 3."
     if stage != 3 and zero.get("offload_param", {}).get("device", "none") != "none":
         yield f"ds_file offloads parameters at stage {stage}: only stage 3 can (DeepSpeed would ignore it)."
+    if not stage and zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        yield "ds_file offloads the optimizer without a stage: stages 1 to 3 can (DeepSpeed would ignore it)."
 
 
 def _without_auto(section):

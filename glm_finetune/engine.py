@@ -2,6 +2,7 @@
 
     start(device); engine = new_engine(model, ds_config, weight_decay); ...; finish(engine)
 """
+import copy
 import datetime
 import os
 import socket
@@ -37,6 +38,18 @@ def start(device):
     else:
         torch.cuda.set_device(device)
         deepspeed.init_distributed("nccl", timeout=datetime.timedelta(minutes=30), verbose=False)
+
+
+def check(ds_config):
+    """Raise ValueError naming what DeepSpeed refuses inside a section of `ds_config`, before a model is loaded."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from pydantic import ValidationError  # what DeepSpeed itself is built on
+
+    try:
+        DeepSpeedConfig(copy.deepcopy(ds_config))
+    except ValidationError as error:
+        raise ValueError("\n".join(f"ds_file: {'.'.join(map(str, problem['loc']))}: {problem['msg']} ({error.title})."
+                                   for problem in error.errors())) from None
 
 
 def new_engine(model, ds_config, weight_decay):

@@ -53,12 +53,12 @@ def _shards(index_file):
 
 
 def read_json(path):
-    """The object in a JSON file, as a dict. Raises ValueError naming the file if it is missing, not JSON or not an object."""
+    """The object in a JSON file: a dict. Raises ValueError naming a file that is missing, not JSON or not an object."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}).") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, found a {type(value).__name__}.")
@@ -72,15 +72,16 @@ def iter_tensors(folder):
 
 
 def iter_file(path):
-    """Yield (name, tensor on the CPU) of one file. Raises ValueError naming it if it is damaged or holds anything else."""
+    """Yield (name, tensor on the CPU) of a file. Raises ValueError naming it if it is damaged or holds other things."""
     try:
         yield from _iter_safetensors(path) if path.suffix == ".safetensors" else _iter_bin(path)
     except pickle.UnpicklingError:  # torch's message advises to switch the protection off
-        raise ValueError(f"{path}: refused, it does not hold plain tensors. It is damaged, a git-lfs pointer (then: git lfs "
-                         "pull), or a pickle with objects in it, which could run any code.") from None
+        raise ValueError(f"{path}: refused, it does not hold plain tensors. It is damaged, a git-lfs pointer (then: "
+                         "git lfs pull), or a pickle with objects in it, which could run any code.") from None
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{path}: the file is damaged or not a weight file ({_first_line(error)}). Copy it again and "
-                         "compare its size with the source; some hundred bytes are a git-lfs pointer (git lfs pull).") from error
+                         "compare its size with the source; some hundred bytes are a git-lfs pointer: git lfs pull."
+                         ) from error
 
 
 def file_dtypes(folder):
@@ -136,8 +137,9 @@ def fill(model, folder, dtype, device="cpu", ignore=(), may_miss=(), aliases=Non
             _assign(model, target, tensor, dtype, device)
         seen.add(target)
     missing = [name for name in parameters if name not in seen and not any(part in name for part in may_miss)]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("wrong shape or type", misshaped))
     problems = [f"{kind} ({len(names)}): {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-                for kind, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape or type", misshaped)) if names]
+                for kind, names in kinds if names]
     if problems:
         raise ValueError(f"{folder}: the weights do not fit the model of its config.json.\n  " + "\n  ".join(problems))
     return [name for name in parameters if name not in seen]
@@ -179,8 +181,14 @@ def write_sharded(tensors, folder, max_shard_bytes=MAX_SHARD_BYTES):
 
 
 def write_tensors(tensors, path):
-    """Write {name: CPU tensor} as one safetensors file that everyone may read (the library would make it private)."""
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    """Write {name: CPU tensor} as one safetensors file that everyone may read (the library would make it private).
+
+    Raises OSError when that fails: for a full disk the library has an error of its own.
+    """
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path}: not written ({error}).") from error
     os.chmod(path, 0o644)
 
 

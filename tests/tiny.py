@@ -41,7 +41,7 @@ def make_checkpoint(mode_name, folder, **config_changes):
 
 
 def vocabulary_fields(mode_name, folder):
-    """The fields of config.json that follow from the tokenizer in `folder`; the vocabulary is padded as in the originals."""
+    """The fields of config.json that follow from the tokenizer in `folder`; vocabulary padded as in the originals."""
     tokenizer = MODE[mode_name].tokenizer.from_pretrained(folder)
     padded_size = -(-len(tokenizer) // 32) * 32
     if mode_name != "glm":
@@ -68,7 +68,7 @@ def _glm_model():
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(_train(vocab_size=1000, normalization_rule_name="nmt_nfkc", pad_id=3,
                                  control_symbols=[*CONTROL_PIECES], user_defined_symbols=["<n>", *BLANK_PIECES]))
-    group = {piece: 0 for piece in ("<unk>", "<s>", "</s>", "<pad>", "<n>")}
+    group = dict.fromkeys(("<unk>", "<s>", "</s>", "<pad>", "<n>"), 0)
     group |= dict.fromkeys(CONTROL_PIECES, 2) | dict.fromkeys(BLANK_PIECES, 3)
     pieces = sorted(model.pieces, key=lambda p: 4 if p.type == p.BYTE else group.get(p.piece, 1))  # stable
     del model.pieces[:]

@@ -4,6 +4,7 @@
         messages = instruction_messages(row, where=f"data/spo_0.json, line {line}")
 """
 import json
+import re
 from pathlib import Path
 
 INSTRUCTION_FIELDS = ("instruction", "input", "output")
@@ -32,9 +33,12 @@ def read_rows(path):
 
 def _array(text, path):
     try:
-        yield from enumerate(json.loads(text), 1)
+        rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg}).") from None
+    if not rows:
+        raise ValueError(f"{path}: the array is empty.")
+    yield from enumerate(rows, 1)
 
 
 def _lines(text, path):
@@ -59,6 +63,8 @@ def instruction_messages(row, where, needs_output=True):
         if not isinstance(row.get(name), str):
             problem = f"is {row[name]!r:.40}, not a string" if name in row else "is missing"
             raise ValueError(f"{where}: field {name!r} {problem}; the fields found are {sorted(row)}.")
+        if half := re.search("[\ud800-\udfff]", row[name]):
+            raise ValueError(f"{where}: field {name!r} has {half[0]!r}, half of a character, at {half.start()}.")
     messages = [{"role": "user", "content": row["instruction"] + row["input"]}]
     if "output" in row:
         messages.append({"role": "assistant", "content": row["output"]})

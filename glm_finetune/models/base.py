@@ -3,6 +3,7 @@
 transformers gives `generate()`, gradient checkpointing and what peft needs. Loading is ours: transformers warns about
 names that do not fit, here they are an error, and every weight is read once, straight into the dtype asked for.
 """
+import inspect
 from pathlib import Path
 
 import torch
@@ -39,9 +40,22 @@ class OriginalConfig(PreTrainedConfig):
         if missing:
             raise ValueError(f"{path}: not a configuration of this --mode: it has no {missing}. ChatGLM-6B is "
                              "--mode glm, ChatGLM2-6B and CodeGeeX2 are --mode glm2, ChatGLM3-6B is --mode glm3.")
+        cls._check_types(fields, path)
         config = cls(**fields)
         config.source = fields
         return config
+
+    @classmethod
+    def _check_types(cls, fields, path):
+        """Raise ValueError for a field whose type is not that of its default, a negative number, an unknown dtype."""
+        defaults = {name: parameter.default for name, parameter in inspect.signature(cls.__init__).parameters.items()}
+        for name, value in fields.items():
+            kinds = {bool: bool, int: int, float: (int, float)}.get(type(defaults.get(name)), object)
+            if not isinstance(value, kinds) or (kinds not in (bool, object) and value < 0):
+                raise ValueError(f"{path}: {name} is {value!r}, expected something like {defaults[name]!r}.")
+        if fields.get("torch_dtype", "float32") not in DTYPE_NAMES.values():
+            raise ValueError(f"{path}: torch_dtype is {fields['torch_dtype']!r}, expected one of "
+                             f"{', '.join(DTYPE_NAMES.values())}.")
 
     def to_original(self, **changes):
         """The fields of config.json, as read, with `changes` (None removes a field)."""
