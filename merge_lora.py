@@ -2,9 +2,10 @@
 
     python merge_lora.py --model_dir output-glm3/epoch-2-step-3900       # -> output-glm3/epoch-2-step-3900-merged
 
-The sum is formed in fp32 on the CPU and written in the base's dtypes. The written folder is then loaded again and compared
-with base + adapter; if they disagree it is removed and the exit code is not 0.
+The sum is formed in fp32 on the CPU and written in the base's dtypes. The written folder is then loaded again and
+compared with base + adapter; if they disagree it is removed and the exit code is not 0.
 """
+
 import os
 import shutil
 import sys
@@ -28,7 +29,9 @@ def main():
     config = parse(MergeConfig, sys.argv[1:], __doc__)
     source = build.find_source(config.model_dir, config.mode, config.ori_model_dir)
     if source.adapter is None:
-        raise ValueError(f"--model_dir {config.model_dir}: no adapter (adapter_config.json without config.json beside it).")
+        raise ValueError(
+            f"--model_dir {config.model_dir}: no adapter (adapter_config.json without config.json beside it)."
+        )
     target = Path(config.output_dir or f"{os.path.abspath(source.adapter)}-merged")
     temporary = target.with_name(f"tmp-{target.name}")
     check_target(target, temporary, source.adapter)
@@ -41,8 +44,10 @@ def main():
     try:
         write(merged, source, temporary, tokenizer, dtype, {} if config.dtype else dtypes)
         difference, scale, agreement = compare(source, temporary, samples)
-        print(f"merged vs adapter: largest logit difference {difference:.2e} (largest logit {scale:.1f}, written as "
-              f"{DTYPE_NAMES[dtype]}), greedy agreement {100 * agreement:.1f}%")
+        print(
+            f"merged vs adapter: largest logit difference {difference:.2e} (largest logit {scale:.1f}, written as "
+            f"{DTYPE_NAMES[dtype]}), greedy agreement {100 * agreement:.1f}%"
+        )
         if not difference <= TOLERANCE[dtype] * scale:
             raise ValueError(f"{target}: the merged model is not base + adapter; it was removed.")
         os.replace(temporary, target)
@@ -74,8 +79,16 @@ def write(model, source, folder, tokenizer, dtype, dtypes):
     tokenizer.save_pretrained(folder)
     for path in [*source.base.glob("*.py"), *source.base.glob("generation_config.json")]:
         shutil.copyfile(path, folder / path.name)
-    write_json({"format_version": 1, "mode": source.mode.name, "template": source.template, "merged_from": str(source.adapter),
-                "base": str(source.base)}, folder / "train_config.json")
+    write_json(
+        {
+            "format_version": 1,
+            "mode": source.mode.name,
+            "template": source.template,
+            "merged_from": str(source.adapter),
+            "base": str(source.base),
+        },
+        folder / "train_config.json",
+    )
 
 
 def probe(model, tokenizer, source):
@@ -91,7 +104,9 @@ def probe(model, tokenizer, source):
 
 @torch.inference_mode()
 def compare(source, folder, samples):
-    """Largest logit difference, largest logit, share of equal likeliest tokens, of the written model against `samples`."""
+    """Largest logit difference, largest logit, share of equal likeliest tokens, of the written model against
+    `samples`.
+    """
     model = source.mode.model.from_pretrained(folder, dtype=torch.float32)
     difference, scale, equal = 0.0, 0.0, []
     for ids, expected in samples:

@@ -4,9 +4,10 @@
     python predict.py --model_path output-glm3/epoch-2-step-3900-merged --test_path data/spo_1.json
     python predict.py --model_path ChatGLM3-6B/ --chat
 
---model_path is a base checkpoint, a trained or merged folder, or an adapter (its base is found by itself). What was trained
-here is asked with the prompt of its training, a bare base with its official chat prompt.
+--model_path is a base checkpoint, a trained or merged folder, or an adapter (its base is found by itself). What was
+trained here is asked with the prompt of its training, a bare base with its official chat prompt.
 """
+
 import json
 import os
 import sys
@@ -23,6 +24,7 @@ from glm_finetune.metrics import triple_scores
 from glm_finetune.modes.spec import Limits
 
 ELSEWHERE = "Give another --output_path, or --overwrite to answer everything again."
+
 
 def main():
     config = parse(PredictConfig, sys.argv[1:], __doc__)
@@ -58,11 +60,14 @@ def answer_batch(model, tokenizer, source, config, conversations):
     limits = Limits(config.max_length, max(8, config.max_length - room - 8))
     rows = [source.mode.render(tokenizer, messages, limits, source.template).input_ids for messages in conversations]
     width = max(map(len, rows))
-    batch = {name: torch.stack([torch.as_tensor(row) for row in values]).to(model.device)
-             for name, values in tokenizer.pad(rows, width, "left").items()}
+    batch = {
+        name: torch.stack([torch.as_tensor(row) for row in values]).to(model.device)
+        for name, values in tokenizer.pad(rows, width, "left").items()
+    }
     limits = [config.max_new_tokens or config.max_length - len(row) for row in rows]
-    output = model.generate(**batch, max_new_tokens=max(limits), eos_token_id=stop, pad_token_id=tokenizer.pad_token_id,
-                            **sampling(config))
+    output = model.generate(
+        **batch, max_new_tokens=max(limits), eos_token_id=stop, pad_token_id=tokenizer.pad_token_id, **sampling(config)
+    )
     new_ids = [answer_ids(ids[:limit], stop) for ids, limit in zip(output[:, width:].tolist(), limits)]
     return [tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip() for ids in new_ids]
 
@@ -90,8 +95,10 @@ def answer_file(model, tokenizer, source, config, rows, path, done):
     pairs = [(row["prediction"], row["output"]) for row in done if "output" in row]
     if pairs and any(len(line.split("_")) == 3 for _, gold in pairs for line in gold.split("\n")):
         scores = triple_scores(pairs)
-        print(f"triples of {len(pairs)} samples: F1 {scores.mean_f1:.4f} (mean of the samples')  micro precision "
-              f"{scores.precision:.4f} recall {scores.recall:.4f} F1 {scores.f1:.4f}  exact {scores.exact:.4f}")
+        print(
+            f"triples of {len(pairs)} samples: F1 {scores.mean_f1:.4f} (mean of the samples')  micro precision "
+            f"{scores.precision:.4f} recall {scores.recall:.4f} F1 {scores.f1:.4f}  exact {scores.exact:.4f}"
+        )
 
 
 def answered(path, rows, config):
@@ -141,9 +148,22 @@ def converse(model, tokenizer, source, config):
             history = []
         elif query:
             print("\nChatGLM：", end="", flush=True)
-            length = {"max_new_tokens": config.max_new_tokens} if config.max_new_tokens else {"max_length": config.max_length}
-            _, history = chat(model, tokenizer, source.mode, query, history, template=source.template,
-                              on_text=lambda text: print(text, end="", flush=True), **length, **sampling(config))
+            length = (
+                {"max_new_tokens": config.max_new_tokens}
+                if config.max_new_tokens
+                else {"max_length": config.max_length}
+            )
+            _, history = chat(
+                model,
+                tokenizer,
+                source.mode,
+                query,
+                history,
+                template=source.template,
+                on_text=lambda text: print(text, end="", flush=True),
+                **length,
+                **sampling(config),
+            )
             print()
 
 

@@ -9,6 +9,7 @@
 One reading direction: main() checks everything, builds, then `train` is the loop. An optimizer step is
 gradient_accumulation_steps micro-batches on every rank; its loss is the mean over all its target tokens.
 """
+
 import dataclasses
 import os
 import sys
@@ -58,8 +59,12 @@ def train(run):
                 group["lr"] = lr
 
             batches = step_batches(run, epoch, step_of_epoch)
-            num_targets = torch.tensor(sum(len(b["target_index"]) for b in batches), device=run.device, dtype=torch.float32)
-            num_targets = dist.sum_over_ranks(num_targets).clamp_min(1)  # of the whole step: all micro-batches and ranks
+            num_targets = torch.tensor(
+                sum(len(b["target_index"]) for b in batches), device=run.device, dtype=torch.float32
+            )
+            num_targets = dist.sum_over_ranks(num_targets).clamp_min(
+                1
+            )  # of the whole step: all micro-batches and ranks
             for batch in batches:
                 loss = run.engine(**to_device(batch, run.device), num_targets=num_targets, use_cache=False).loss
                 # DeepSpeed divides by the micro-batches and averages over the ranks; both are undone.
@@ -79,7 +84,9 @@ def train(run):
 
 
 def step_batches(run, epoch, step_of_epoch):
-    """This rank's micro-batches of a step; an empty one becomes a row without targets, so that all ranks stay in step."""
+    """This rank's micro-batches of a step; an empty one becomes a row without targets, so that all ranks stay in
+    step.
+    """
     slots = run.sampler.micro_batches(epoch, step_of_epoch, dist.rank())
     return [run.collate([run.rows[i] for i in slot] or [without_targets(run.rows[0])]) for slot in slots]
 
@@ -93,9 +100,18 @@ def log(run, step, lr, epoch, meter):
     loss, tokens_per_s = meter.read()
     grad_norm = float(run.engine.get_global_grad_norm() or 0.0)
     if not loss < float("inf"):
-        raise FloatingPointError(f"the loss is {loss} at step {step}: lower --learning_rate, or use --precision bf16 or fp32.")
-    run.tracker.log(step, epoch=epoch, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=tokens_per_s,
-                    peak_gib=peak_gib(run.device))
+        raise FloatingPointError(
+            f"the loss is {loss} at step {step}: lower --learning_rate, or use --precision bf16 or fp32."
+        )
+    run.tracker.log(
+        step,
+        epoch=epoch,
+        loss=loss,
+        lr=lr,
+        grad_norm=grad_norm,
+        tokens_per_s=tokens_per_s,
+        peak_gib=peak_gib(run.device),
+    )
     meter.start()
 
 
@@ -106,7 +122,9 @@ def evaluate(run):
     size, world = run.config.per_device_train_batch_size, dist.world_size()
     sums = torch.zeros(2, device=run.device, dtype=torch.float64)  # loss, targets
     for start in range(0, len(run.eval_rows), size * world):
-        rows = [run.eval_rows[i] for i in range(start + dist.rank(), min(start + size * world, len(run.eval_rows)), world)]
+        rows = [
+            run.eval_rows[i] for i in range(start + dist.rank(), min(start + size * world, len(run.eval_rows)), world)
+        ]
         batch = to_device(run.collate(rows or [without_targets(run.eval_rows[0])]), run.device)
         loss = run.engine(**batch, num_targets=1, use_cache=False).loss
         sums += torch.stack((loss.double(), (batch["labels"][:, 1:] != IGNORE).sum().double()))
@@ -125,11 +143,14 @@ def main():
     precision = dist.choose_precision(config.precision or precision_of(ds_json), device)
     ds_config = resolve(ds_json, config, world_size, precision, device.type)
     tokenizer, base_config = build.check_base(mode, config.model_name_or_path, config.max_len)
-    limits = dict(max_len=config.max_len, max_src_len=config.max_src_len, is_skip=config.is_skip, progress=dist.is_main())
+    limits = dict(
+        max_len=config.max_len, max_src_len=config.max_src_len, is_skip=config.is_skip, progress=dist.is_main()
+    )
     rows = mode.dataset(config.train_path, tokenizer, **limits)
     eval_rows = mode.dataset(config.eval_path, tokenizer, **limits) if config.eval_path else None
-    sampler = StepSampler(len(rows), config.per_device_train_batch_size, config.gradient_accumulation_steps, world_size,
-                          config.seed)
+    sampler = StepSampler(
+        len(rows), config.per_device_train_batch_size, config.gradient_accumulation_steps, world_size, config.seed
+    )
     total_steps = config.max_steps or config.num_train_epochs * sampler.steps_per_epoch
 
     engine.start(device)
@@ -137,18 +158,28 @@ def main():
     dist.seed_all(config.seed)
     model = build.load_base(mode, config.model_name_or_path, precision, device, config.gradient_checkpointing)
     model = train_type.apply(model, config, mode)
-    dist.print_main(start_lines(config, ds_config, model, rows, eval_rows, tokenizer, sampler, total_steps, device, precision))
+    dist.print_main(
+        start_lines(config, ds_config, model, rows, eval_rows, tokenizer, sampler, total_steps, device, precision)
+    )
     ds_engine = engine.new_engine(model, ds_config, config.weight_decay)
     checkpoint.create_output_dir(config.output_dir)  # not before: what fails until here must not cost the old results
     dist.seed_all(config.seed + dist.rank())  # dropout differs between ranks
     record = checkpoint.train_record(config, world_size)
     tracker = Tracker(config.output_dir, config.logging_dir, total_steps) if dist.is_main() else SilentTracker()
     run = Run(
-        config, ds_engine, sampler, rows, eval_rows,
+        config,
+        ds_engine,
+        sampler,
+        rows,
+        eval_rows,
         collate=partial(collate, pad_token_id=tokenizer.pad_token_id, positions=mode.positions),
-        device=device, tracker=tracker, total_steps=total_steps,
-        save=lambda epoch, step: checkpoint.save(ds_engine.module, tokenizer, train_type, config.output_dir, epoch, step,
-                                                 record, config.save_total_limit))
+        device=device,
+        tracker=tracker,
+        total_steps=total_steps,
+        save=lambda epoch, step: checkpoint.save(
+            ds_engine.module, tokenizer, train_type, config.output_dir, epoch, step, record, config.save_total_limit
+        ),
+    )
     train(run)
     tracker.close()
     engine.finish(ds_engine)

@@ -1,8 +1,9 @@
 """Names and folders -> mode, tokenizer, model with weights. Used by every script and by the tests.
 
-    source = find_source("output/epoch-1-step-100")        # what a folder is, and where its base is
-    tokenizer, model = load_source(source, torch.bfloat16, device)
+source = find_source("output/epoch-1-step-100")        # what a folder is, and where its base is
+tokenizer, model = load_source(source, torch.bfloat16, device)
 """
+
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,12 @@ from glm_finetune.weights import read_json, weight_files
 
 def choose(config):
     """TrainConfig -> (Mode, TrainType). Raises ValueError with the nearest name for what is not registered."""
-    raise_together([*unknown_choice("mode", config.mode, tuple(MODE)),
-                    *unknown_choice("train_type", config.train_type, tuple(TRAIN_TYPE))])
+    raise_together(
+        [
+            *unknown_choice("mode", config.mode, tuple(MODE)),
+            *unknown_choice("train_type", config.train_type, tuple(TRAIN_TYPE)),
+        ]
+    )
     return MODE[config.mode], TRAIN_TYPE[config.train_type]
 
 
@@ -30,24 +35,33 @@ def check_base(mode, folder, max_len=0):
     config = mode.config.from_pretrained(folder)
     weight_files(folder)
     if config.source.get("quantization_bit"):
-        raise ValueError(f"{folder}: quantised to {config.source['quantization_bit']} bits (its config.json); give the "
-                         "original checkpoint in 16 bit.")
+        raise ValueError(
+            f"{folder}: quantised to {config.source['quantization_bit']} bits (its config.json); give the "
+            "original checkpoint in 16 bit."
+        )
     name = str(config.source.get("_name_or_path", ""))
     if re.search(mode.other_names, name, re.IGNORECASE):
-        raise ValueError(f"{folder}: its config.json says it is {name}, not a model for --mode {mode.name}. If that is wrong, "
-                         "correct _name_or_path there.")
+        raise ValueError(
+            f"{folder}: its config.json says it is {name}, not a model for --mode {mode.name}. If that is wrong, "
+            "correct _name_or_path there."
+        )
     if max_len > config.max_positions:
         raise ValueError(f"--max_len {max_len}: {folder} was made for {config.max_positions} tokens (its config.json).")
     tokenizer = mode.tokenizer.from_pretrained(folder)
-    # Checkpoints pad the vocabulary by a few hundred rows at most; a tokenizer far smaller than that is another model's.
+    # Checkpoints pad the vocabulary by a few hundred rows at most; a tokenizer far smaller than that is another
+    # model's.
     if not 0.8 * config.vocab_size <= len(tokenizer) <= config.vocab_size:
-        raise ValueError(f"{folder}: the tokenizer has {len(tokenizer):,} ids, the model {config.vocab_size:,}: "
-                         f"{tokenizer.model_file} belongs to another checkpoint.")
+        raise ValueError(
+            f"{folder}: the tokenizer has {len(tokenizer):,} ids, the model {config.vocab_size:,}: "
+            f"{tokenizer.model_file} belongs to another checkpoint."
+        )
     for field in ("bos_token_id", "eos_token_id", "gmask_token_id"):
         expected = config.source.get(field)
         if expected is not None and expected != getattr(tokenizer, field):
-            raise ValueError(f"{folder}: {field} is {expected} in config.json and {getattr(tokenizer, field)} in "
-                             f"{tokenizer.model_file}: the tokenizer belongs to another checkpoint.")
+            raise ValueError(
+                f"{folder}: {field} is {expected} in config.json and {getattr(tokenizer, field)} in "
+                f"{tokenizer.model_file}: the tokenizer belongs to another checkpoint."
+            )
     return tokenizer, config
 
 
@@ -72,7 +86,8 @@ class Source:
 def find_source(folder, mode_name=None, base=None, template=None):
     """Look at a folder: a base checkpoint, one trained or merged here, or an adapter (of this project or plain peft).
 
-    mode_name, base, template replace what the folder says. Raises ValueError saying what is missing and which flag gives it.
+    mode_name, base, template replace what the folder says. Raises ValueError saying what is missing and which flag
+    gives it.
     """
     folder = Path(folder)
     raise_together(unknown_choice("mode", mode_name, tuple(MODE)))
@@ -88,21 +103,28 @@ def find_source(folder, mode_name=None, base=None, template=None):
 
 
 def _recorded_base(folder, record):
-    recorded = [record.get("base_absolute"), record.get("base"),
-                read_json(folder / "adapter_config.json").get("base_model_name_or_path")]
+    recorded = [
+        record.get("base_absolute"),
+        record.get("base"),
+        read_json(folder / "adapter_config.json").get("base_model_name_or_path"),
+    ]
     for path in filter(None, recorded):
         if (Path(path) / "config.json").is_file():
             return path
-    raise ValueError(f"{folder}: its base checkpoint is not at {next(filter(None, recorded), 'a recorded place')} any more. "
-                     "Say where it is with --ori_model_dir.")
+    raise ValueError(
+        f"{folder}: its base checkpoint is not at {next(filter(None, recorded), 'a recorded place')} any more. "
+        "Say where it is with --ori_model_dir."
+    )
 
 
 def _mode_of(base):
     """The mode of a bare checkpoint, from the fields and the name in its config.json; None if they leave it open."""
     if not (base / "config.json").is_file():
         inside = sorted(path.name for path in base.glob("*/*config.json") for path in [path.parent])
-        raise ValueError(f"{base}: has no config.json; expected a checkpoint or an adapter (adapter_config.json)."
-                         + (f" Give one of the folders in it: {', '.join(dict.fromkeys(inside))}." if inside else ""))
+        raise ValueError(
+            f"{base}: has no config.json; expected a checkpoint or an adapter (adapter_config.json)."
+            + (f" Give one of the folders in it: {', '.join(dict.fromkeys(inside))}." if inside else "")
+        )
     fields = read_json(base / "config.json")
     if all(name in fields for name in MODE["glm"].config.required_fields):
         return "glm"

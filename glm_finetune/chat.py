@@ -1,7 +1,8 @@
 """One turn of a conversation with a model, in the mode's own format: whole or streamed.
 
-    response, history = chat(model, tokenizer, MODE["glm3"], "你好", history=[])
+response, history = chat(model, tokenizer, MODE["glm3"], "你好", history=[])
 """
+
 import torch
 from transformers.generation.streamers import BaseStreamer
 
@@ -36,7 +37,9 @@ def chat(model, tokenizer, mode, query, history=(), role="user", template="offic
     stop = mode.stop_token_ids(tokenizer)
     streamer = _TextStreamer(tokenizer, stop, on_text) if on_text else None
     with torch.inference_mode():
-        output = model.generate(**batch, eos_token_id=stop, pad_token_id=tokenizer.pad_token_id, streamer=streamer, **sampling)
+        output = model.generate(
+            **batch, eos_token_id=stop, pad_token_id=tokenizer.pad_token_id, streamer=streamer, **sampling
+        )
     new_ids = answer_ids(output[0, len(ids) :].tolist(), stop)
     return mode.finish_turn(list(history), query, role, tokenizer.decode(new_ids))
 

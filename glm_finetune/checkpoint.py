@@ -2,6 +2,7 @@
 
 The only file that knows how ZeRO-3 gathers. A checkpoint is written under a temporary name and renamed when complete.
 """
+
 import dataclasses
 import importlib.metadata
 import os
@@ -27,8 +28,10 @@ def check_output_dir(output_dir, overwrite):
         raise ValueError(f"--output_dir {output_dir} is a file.")
     results = sorted(p.name for p in path.glob("*") if _is_result(p))
     if results and not overwrite:
-        raise ValueError(f"--output_dir {output_dir} holds results already ({', '.join(results[:5])}). "
-                         "Choose another folder, or add --overwrite_output_dir to delete them.")
+        raise ValueError(
+            f"--output_dir {output_dir} holds results already ({', '.join(results[:5])}). "
+            "Choose another folder, or add --overwrite_output_dir to delete them."
+        )
 
 
 def create_output_dir(output_dir):
@@ -42,16 +45,24 @@ def create_output_dir(output_dir):
 
 
 def _is_result(path):
-    return bool(re.fullmatch(r"epoch-\d+-step-\d+", path.name)) or path.name in ("metrics.jsonl", "runs") or (
-        path.name.startswith(TEMPORARY))
+    return (
+        bool(re.fullmatch(r"epoch-\d+-step-\d+", path.name))
+        or path.name in ("metrics.jsonl", "runs")
+        or (path.name.startswith(TEMPORARY))
+    )
 
 
 def train_record(config, world_size):
     """What train_config.json holds besides epoch and step: enough to know the run and to find its base."""
     return {
-        "format_version": FORMAT_VERSION, "mode": config.mode, "train_type": config.train_type, "template": "train",
-        "base": config.model_name_or_path, "base_absolute": os.path.abspath(config.model_name_or_path),
-        "world_size": world_size, "flags": dataclasses.asdict(config),
+        "format_version": FORMAT_VERSION,
+        "mode": config.mode,
+        "train_type": config.train_type,
+        "template": "train",
+        "base": config.model_name_or_path,
+        "base_absolute": os.path.abspath(config.model_name_or_path),
+        "world_size": world_size,
+        "flags": dataclasses.asdict(config),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
 

@@ -1,7 +1,8 @@
 """Every flag of every script, once. A field of a dataclass is a flag; the parser is generated from the fields.
 
-    config = parse(TrainConfig, sys.argv[1:])   # or a ValueError that lists every problem at once
+config = parse(TrainConfig, sys.argv[1:])   # or a ValueError that lists every problem at once
 """
+
 import argparse
 import dataclasses
 import difflib
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 DEFAULT_DS_FILE = "ds_zero2_no_offload.json"
 MIN_PROMPT = 32  # tokens of a prompt in prediction, at least; fewer would cut every question to nothing
 
+
 def flag(help, default=dataclasses.MISSING, choices=None):
     """A dataclass field with what `--help` says of it."""
     return field(default=default, metadata={"help": help, "choices": choices})
@@ -22,7 +24,9 @@ def flag(help, default=dataclasses.MISSING, choices=None):
 class TrainConfig:
     """Flags of train.py. Names and defaults are ChatGLM-Finetuning's, except where its default could not run."""
 
-    mode: str = flag("member of the family: glm (ChatGLM-6B), glm2 (ChatGLM2-6B, CodeGeeX2), glm3 (ChatGLM3-6B)", "glm2")
+    mode: str = flag(
+        "member of the family: glm (ChatGLM-6B), glm2 (ChatGLM2-6B, CodeGeeX2), glm3 (ChatGLM3-6B)", "glm2"
+    )
     model_name_or_path: str = flag("folder of the base checkpoint (config.json, weights, tokenizer)")
     train_path: str = flag("training data: JSONL or a JSON array of instruction / input / output")
     eval_path: str | None = flag("data to compute the loss on at every save, in the same format", None)
@@ -37,7 +41,9 @@ class TrainConfig:
     lora_dim: int = flag("LoRA rank", 8)
     lora_alpha: float = flag("LoRA scale: the update is multiplied by alpha / rank", 30)
     lora_dropout: float = flag("dropout in front of the LoRA matrices", 0.1)
-    lora_module_name: str | None = flag("comma list of layers that get LoRA; default: the mode's (query_key_value)", None)
+    lora_module_name: str | None = flag(
+        "comma list of layers that get LoRA; default: the mode's (query_key_value)", None
+    )
     freeze_module_name: str = flag("comma list of parts of parameter names that stay trainable", "layers.27.")
 
     per_device_train_batch_size: int = flag("samples of a micro-batch on each card", 16)
@@ -69,15 +75,28 @@ class TrainConfig:
     def __post_init__(self):
         if self.deepspeed_config:
             if self.ds_file not in (DEFAULT_DS_FILE, self.deepspeed_config):
-                raise ValueError(f"--ds_file {self.ds_file} and --deepspeed_config {self.deepspeed_config} are two "
-                                 "names of one flag: give one of them.")
+                raise ValueError(
+                    f"--ds_file {self.ds_file} and --deepspeed_config {self.deepspeed_config} are two "
+                    "names of one flag: give one of them."
+                )
             self.ds_file = self.deepspeed_config
 
     def problems(self):
         """Everything wrong with the numbers and names, one line each."""
-        positive = ("max_len", "max_src_len", "lora_dim", "per_device_train_batch_size", "gradient_accumulation_steps",
-                    "num_train_epochs", "max_steps", "show_loss_step", "save_model_step", "save_total_limit", "learning_rate",
-                    "lora_alpha")
+        positive = (
+            "max_len",
+            "max_src_len",
+            "lora_dim",
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "num_train_epochs",
+            "max_steps",
+            "show_loss_step",
+            "save_model_step",
+            "save_total_limit",
+            "learning_rate",
+            "lora_alpha",
+        )
         for name in positive:
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -93,8 +112,11 @@ class TrainConfig:
             if value is not None and not value.strip(", "):
                 yield f"--{name} {value!r}: names nothing. Give names with commas between them, or leave the flag out."
         yield from bad_seed(self.seed)
-        for name, allowed in (("lr_scheduler", ("linear", "cosine", "constant")), ("device", ("cuda", "cpu")),
-                              ("precision", ("bf16", "fp16", "fp32"))):
+        for name, allowed in (
+            ("lr_scheduler", ("linear", "cosine", "constant")),
+            ("device", ("cuda", "cpu")),
+            ("precision", ("bf16", "fp16", "fp32")),
+        ):
             yield from unknown_choice(name, getattr(self, name), allowed)
 
 
@@ -122,10 +144,15 @@ class PredictConfig:
     instruction: str | None = flag("ask this one question", None)
     input: str = flag("appended to --instruction", "")
     test_path: str | None = flag("answer every row of this file (instruction / input, and output to score)", None)
-    output_path: str | None = flag("where the answers go, one JSON line each; default: <model_path>/predictions.jsonl", None)
+    output_path: str | None = flag(
+        "where the answers go, one JSON line each; default: <model_path>/predictions.jsonl", None
+    )
     chat: bool = flag("talk to the model in the terminal", False)
-    template: str | None = flag("train (the prompt of fine-tuning) or official (the released model's chat); default: train "
-                                "for what was trained here, official for a bare base", None)
+    template: str | None = flag(
+        "train (the prompt of fine-tuning) or official (the released model's chat); default: train "
+        "for what was trained here, official for a bare base",
+        None,
+    )
     batch_size: int = flag("rows answered together", 8)
     max_length: int = flag("tokens of prompt and answer together", 2048)
     max_new_tokens: int | None = flag("tokens of an answer; default: what --max_length leaves", None)
@@ -146,8 +173,11 @@ class PredictConfig:
         if not 0 < self.top_p <= 1:
             yield f"--top_p {self.top_p}: must be above 0 and at most 1."
         if self.max_length < (self.max_new_tokens or 0) + MIN_PROMPT:
-            yield (f"--max_length {self.max_length} leaves fewer than {MIN_PROMPT} tokens for the prompt"
-                   + (f" beside --max_new_tokens {self.max_new_tokens}" if self.max_new_tokens else "") + ": raise it.")
+            yield (
+                f"--max_length {self.max_length} leaves fewer than {MIN_PROMPT} tokens for the prompt"
+                + (f" beside --max_new_tokens {self.max_new_tokens}" if self.max_new_tokens else "")
+                + ": raise it."
+            )
         yield from bad_seed(self.seed)
         yield from unknown_choice("precision", self.precision, ("bf16", "fp16", "fp32"))
         yield from unknown_choice("template", self.template, ("train", "official"))
@@ -161,7 +191,9 @@ def unknown_choice(name, value, allowed):
     """Yield a problem, with the nearest allowed value, unless `value` is None or allowed."""
     if value is not None and value not in allowed:
         near = difflib.get_close_matches(str(value).lower(), allowed, 1, cutoff=0.7)
-        yield f"--{name} {value!r}: must be one of {', '.join(allowed)}." + (f" Did you mean {near[0]}?" if near else "")
+        yield f"--{name} {value!r}: must be one of {', '.join(allowed)}." + (
+            f" Did you mean {near[0]}?" if near else ""
+        )
 
 
 def bad_seed(seed):
@@ -182,7 +214,7 @@ def parse_float(text):
 
 
 def parse_bool(text):
-    """"True", "false", "1", "no", ... -> bool; the original took any non-empty text for True."""
+    """True, false, 1, no, ... as text -> bool; the original took any non-empty text for True."""
     if text.lower() in ("true", "1", "yes", "y", "on"):
         return True
     if text.lower() in ("false", "0", "no", "n", "off"):
@@ -195,30 +227,28 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message.removeprefix('argument ')}. --help says what each flag takes.")
 
 
-class _Once(argparse.Action):
-    """Store a value; a flag given a second time is an error, where argparse would forget the first in silence."""
-
-    def __call__(self, parser, values, value, option_string=None):
-        if self.dest in values.given:
-            parser.error(f"--{self.dest} is given twice ({getattr(values, self.dest)} and {value})")
-        values.given.add(self.dest)
-        setattr(values, self.dest, value)
-
-
 def parse(config_class, arguments, description=None):
-    """Arguments -> config_class. Raises ValueError naming every unknown flag (with the nearest) and every problem."""
-    parser = _Parser(description=description or config_class.__doc__.splitlines()[0], allow_abbrev=False,
-                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    required = {item.name: item.metadata["help"] for item in dataclasses.fields(config_class)
-                if item.default is dataclasses.MISSING}
+    """Arguments -> config_class; of a flag given twice the last counts, so that scripts can end in "$@".
+
+    Raises ValueError naming every unknown flag (with the nearest) and every problem.
+    """
+    parser = _Parser(
+        description=description or config_class.__doc__.splitlines()[0],
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    required = {
+        item.name: item.metadata["help"]
+        for item in dataclasses.fields(config_class)
+        if item.default is dataclasses.MISSING
+    }
     for item in dataclasses.fields(config_class):
         kind = _value_type(item.type)
         options = {"type": {bool: parse_bool, float: parse_float}.get(kind, kind), "help": item.metadata["help"]}
         options |= {"nargs": "?", "const": True} if kind is bool else {}
         options["default"] = None if item.name in required else item.default
-        parser.add_argument(f"--{item.name}", action=_Once, **options)
-    values, unknown = parser.parse_known_args(arguments, argparse.Namespace(given=set()))
-    del values.given
+        parser.add_argument(f"--{item.name}", **options)
+    values, unknown = parser.parse_known_args(arguments)
     names = [f"--{item.name}" for item in dataclasses.fields(config_class)]
     problems = [_unknown_flag(text, names) for text in unknown if text.startswith("-")]
     problems += [f"{text!r} belongs to no flag." for text in unknown if not text.startswith("-") and not problems]

@@ -1,4 +1,5 @@
 """Ranks and devices: who am I, sums over all ranks, seeds. Works without a launcher and without DeepSpeed."""
+
 import os
 import random
 import sys
@@ -68,9 +69,11 @@ def choose_device(wanted=None):
             raise ValueError(f"--device {wanted}: expected cpu, cuda or the number of a card.")
         index = last = int(wanted)
     if last >= num_cards:
-        raise ValueError(f"--device {wanted or 'cuda'}: card {last} was asked for, this machine shows {num_cards} (torch "
-                         f"{torch.__version__}, CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}). "
-                         "Use --device cpu, or install the CUDA build of torch and a driver.")
+        raise ValueError(
+            f"--device {wanted or 'cuda'}: card {last} was asked for, this machine shows {num_cards} (torch "
+            f"{torch.__version__}, CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}). "
+            "Use --device cpu, or install the CUDA build of torch and a driver."
+        )
     return torch.device("cuda", index)
 
 

@@ -3,6 +3,7 @@
 The file owns the memory strategy (`zero_optimization`), the flags own the numbers. A number in the file is allowed when
 it says what the flag says; "auto" is filled in; anything else is an error that names both.
 """
+
 import difflib
 import json
 from pathlib import Path
@@ -11,12 +12,36 @@ from glm_finetune.config import raise_together
 from glm_finetune.weights import read_json
 
 FOLDER = Path(__file__).parents[1] / "ds_configs"
-OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16",
-        "fp16", "optimizer", "scheduler", "steps_per_print")
-PASSED_ON = ("zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "aio", "comms_logger",
-             "communication_data_type", "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "dump_state",
-             "prescale_gradients", "gradient_predivide_factor", "data_types", "checkpoint", "seq_parallel_communication_data_type",
-             "sparse_gradients", "activation_checkpointing")
+OURS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "bf16",
+    "fp16",
+    "optimizer",
+    "scheduler",
+    "steps_per_print",
+)
+PASSED_ON = (
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "aio",
+    "comms_logger",
+    "communication_data_type",
+    "flops_profiler",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "data_types",
+    "checkpoint",
+    "seq_parallel_communication_data_type",
+    "sparse_gradients",
+    "activation_checkpointing",
+)
 SUBSECTIONS = {"zero_optimization": ("offload_param", "offload_optimizer"), "optimizer": ("params",)}
 
 
@@ -26,8 +51,10 @@ def read_ds_file(name):
     if not path.is_file() and path.name == name and (FOLDER / name).is_file():
         path = FOLDER / name
     if not path.is_file():
-        raise ValueError(f"--ds_file {name}: no such file. Shipped in ds_configs/: "
-                         f"{', '.join(sorted(p.name for p in FOLDER.glob('*.json')))}.")
+        raise ValueError(
+            f"--ds_file {name}: no such file. Shipped in ds_configs/: "
+            f"{', '.join(sorted(p.name for p in FOLDER.glob('*.json')))}."
+        )
     value = read_json(path)
     raise_together(_malformed(value))
     return value
@@ -63,11 +90,15 @@ def resolve(ds_json, config, world_size, precision, device_type):
         "train_micro_batch_size_per_gpu": (config.per_device_train_batch_size, "--per_device_train_batch_size"),
         "gradient_accumulation_steps": (config.gradient_accumulation_steps, "--gradient_accumulation_steps"),
         "gradient_clipping": (config.max_grad_norm, "--max_grad_norm"),
-        "train_batch_size": (config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size,
-                             "--per_device_train_batch_size x --gradient_accumulation_steps x ranks"),
+        "train_batch_size": (
+            config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size,
+            "--per_device_train_batch_size x --gradient_accumulation_steps x ranks",
+        ),
     }
     zero = _without_auto(ds_json.get("zero_optimization", {"stage": 0}))
-    raise_together([*_unknown_keys(ds_json), *_contradictions(ds_json, numbers, config, precision), *_zero_problems(zero)])
+    raise_together(
+        [*_unknown_keys(ds_json), *_contradictions(ds_json, numbers, config, precision), *_zero_problems(zero)]
+    )
     if device_type == "cpu":
         zero = _for_cpu(zero)
     return {
@@ -77,8 +108,17 @@ def resolve(ds_json, config, world_size, precision, device_type):
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"loss_scale_window": 100, **_without_auto(ds_json.get("fp16", {})), "enabled": precision == "fp16"},
         # torch's fused AdamW: no compiler needed on any machine, no temporary copy of the weights, resumes bit for bit.
-        "optimizer": {"type": "AdamW", "params": {"lr": config.learning_rate, "betas": [0.9, 0.95], "eps": 1e-8,
-                                                  "weight_decay": config.weight_decay, "torch_adam": True, "fused": True}},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": config.learning_rate,
+                "betas": [0.9, 0.95],
+                "eps": 1e-8,
+                "weight_decay": config.weight_decay,
+                "torch_adam": True,
+                "fused": True,
+            },
+        },
         "steps_per_print": 2**31,
     }
 
@@ -97,17 +137,22 @@ def _contradictions(ds_json, numbers, config, precision):
     if ds_json.get("optimizer", {}).get("type", "AdamW") not in ("Adam", "AdamW"):
         yield f"ds_file has an optimizer {ds_json['optimizer']['type']!r}; training uses AdamW: leave the section out."
     params = ds_json.get("optimizer", {}).get("params", {})
-    for key, value, flag in (("lr", config.learning_rate, "--learning_rate"),
-                             ("weight_decay", config.weight_decay, "--weight_decay"), ("betas", [0.9, 0.95], "training"),
-                             ("eps", 1e-8, "training")):
+    for key, value, flag in (
+        ("lr", config.learning_rate, "--learning_rate"),
+        ("weight_decay", config.weight_decay, "--weight_decay"),
+        ("betas", [0.9, 0.95], "training"),
+        ("eps", 1e-8, "training"),
+    ):
         if params.get(key, "auto") not in ("auto", value):
             yield f"ds_file says optimizer {key} = {params[key]}, {flag} says {value}: leave it out of the file."
     wanted = precision_of(ds_json)
     if wanted not in (None, precision):
-        yield f"ds_file switches {wanted} on, --precision says {precision}: leave it out of the file or make them equal."
+        yield f"ds_file switches {wanted} on, --precision says {precision}: leave it out or make them equal."
     if ds_json.get("scheduler", {}).get("type") not in (None, "WarmupDecayLR", "WarmupLR"):
-        yield (f"ds_file has a scheduler {ds_json['scheduler']['type']!r}; the learning rate is set by --lr_scheduler, "
-               "--warmup_ratio and --min_lr_ratio: leave the section out.")
+        yield (
+            f"ds_file has a scheduler {ds_json['scheduler']['type']!r}; the learning rate is set by --lr_scheduler, "
+            "--warmup_ratio and --min_lr_ratio: leave the section out."
+        )
 
 
 def _zero_problems(zero):
@@ -122,12 +167,17 @@ def _zero_problems(zero):
 
 def _without_auto(section):
     """Drop "auto" values: inside zero_optimization DeepSpeed has a default for each."""
-    return {key: _without_auto(value) if isinstance(value, dict) else value
-            for key, value in section.items() if value != "auto"}
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in section.items()
+        if value != "auto"
+    }
 
 
 def _for_cpu(zero):
     """Pinned memory and overlapping streams exist for cards only; on CPUs they would have to be compiled first."""
-    zero = {key: {**value, "pin_memory": False} if key in ("offload_optimizer", "offload_param") else value
-            for key, value in zero.items()}
+    zero = {
+        key: {**value, "pin_memory": False} if key in ("offload_optimizer", "offload_param") else value
+        for key, value in zero.items()
+    }
     return {**zero, "overlap_comm": False}

@@ -1,7 +1,8 @@
 """The only file that starts and ends DeepSpeed. Prediction and merging never import it.
 
-    start(device); engine = new_engine(model, ds_config, weight_decay); ...; finish(engine)
+start(device); engine = new_engine(model, ds_config, weight_decay); ...; finish(engine)
 """
+
 import copy
 import datetime
 import os
@@ -14,13 +15,23 @@ from glm_finetune.optim import parameter_groups
 
 
 def launch_environment():
-    """What launchers set, for a plain `python train.py`: one process, a free port. Called before anything is started."""
+    """What launchers set, for a plain `python train.py`: one process, a free port.
+
+    Called before anything is started.
+    """
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1", LOCAL_WORLD_SIZE="1",
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(
+            RANK="0",
+            LOCAL_RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_SIZE="1",
+            LOCAL_WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
     os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
 
 
@@ -48,8 +59,12 @@ def check(ds_config):
     try:
         DeepSpeedConfig(copy.deepcopy(ds_config))
     except ValidationError as error:
-        raise ValueError("\n".join(f"ds_file: {'.'.join(map(str, problem['loc']))}: {problem['msg']} ({error.title})."
-                                   for problem in error.errors())) from None
+        raise ValueError(
+            "\n".join(
+                f"ds_file: {'.'.join(map(str, problem['loc']))}: {problem['msg']} ({error.title})."
+                for problem in error.errors()
+            )
+        ) from None
 
 
 def new_engine(model, ds_config, weight_decay):

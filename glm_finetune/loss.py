@@ -5,6 +5,7 @@ are alive at a time, and none are kept for the backward pass: each chunk's gradi
 
     loss = token_loss_sum(hidden, weight, targets) / num_targets
 """
+
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -61,7 +62,8 @@ class _TokenLossSum(torch.autograd.Function):
 def token_loss_sum(hidden, weight, targets):
     """Sum of the cross-entropies of N target tokens, fp32 scalar.
 
-    hidden: (N, D); weight: (V, D), same dtype; targets: (N,) int64 in [0, V). N may be 0: the loss is 0 with a gradient.
+    hidden: (N, D); weight: (V, D), same dtype; targets: (N,) int64 in [0, V). N may be 0: the loss is 0 with a
+    gradient.
     """
     return _TokenLossSum.apply(hidden, weight, targets)
 

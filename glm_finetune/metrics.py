@@ -1,7 +1,9 @@
 """Scores of triple extraction, as ChatGLM-Finetuning counts them.
 
-An answer is lines of `head_relation_tail`. Predicted lines count only if they have exactly three parts; gold lines all do.
+An answer is lines of `head_relation_tail`. Predicted lines count only if they have exactly three parts; gold lines
+all do.
 """
+
 from dataclasses import dataclass
 
 
@@ -26,8 +28,13 @@ def triple_scores(pairs):
         scores.append(_f1(right, len(predicted), len(gold)))
         num_right, num_predicted, num_gold = num_right + right, num_predicted + len(predicted), num_gold + len(gold)
         num_exact += predicted == gold
-    return TripleScores(sum(scores) / len(scores), num_right / max(num_predicted, 1), num_right / max(num_gold, 1),
-                        _f1(num_right, num_predicted, num_gold), num_exact / len(pairs))
+    return TripleScores(
+        sum(scores) / len(scores),
+        num_right / max(num_predicted, 1),
+        num_right / max(num_gold, 1),
+        _f1(num_right, num_predicted, num_gold),
+        num_exact / len(pairs),
+    )
 
 
 def _f1(right, predicted, gold):

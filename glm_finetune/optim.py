@@ -1,7 +1,8 @@
 """The learning rate as a function of the step, and which parameters decay.
 
-    lr_at(step, peak=1e-4, total=100, warmup=10, shape="linear", floor=0.1)
+lr_at(step, peak=1e-4, total=100, warmup=10, shape="linear", floor=0.1)
 """
+
 import math
 
 

@@ -1,4 +1,7 @@
-"""What a run is, in words, before it starts: settings, versions, parameters, steps, and one sample as the model sees it."""
+"""What a run is, in words, before it starts: settings, versions, parameters, steps, and one sample as the model
+sees it.
+"""
+
 import dataclasses
 import importlib.metadata
 import json
@@ -15,8 +18,10 @@ def start_lines(config, ds_config, model, rows, eval_rows, tokenizer, sampler, t
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     sizes = [(full_size(p), p.requires_grad) for p in model.parameters()]
     total, trainable = sum(n for n, _ in sizes), sum(n for n, learns in sizes if learns)
-    per_step = f"{config.per_device_train_batch_size} samples x {config.gradient_accumulation_steps} micro-batches x " \
-               f"{sampler.world_size} ranks"
+    per_step = (
+        f"{config.per_device_train_batch_size} samples x {config.gradient_accumulation_steps} micro-batches x "
+        f"{sampler.world_size} ranks"
+    )
     flags = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
     lines = [
         f"flags       {json.dumps(flags, ensure_ascii=False)}",

@@ -1,4 +1,5 @@
 """Numbers of a run: a fixed-column line in the terminal, metrics.jsonl, TensorBoard; nothing on ranks other than 0."""
+
 import json
 import resource
 import time
@@ -9,8 +10,15 @@ from tqdm import tqdm
 
 from glm_finetune import dist
 
-COLUMNS = {"epoch": "{:7.3f}", "step": "{:7d}", "loss": "{:9.5f}", "lr": "{:9.3e}", "grad_norm": "{:9.4f}",
-           "tokens_per_s": "{:9.0f}", "peak_gib": "{:7.2f}"}
+COLUMNS = {
+    "epoch": "{:7.3f}",
+    "step": "{:7d}",
+    "loss": "{:9.5f}",
+    "lr": "{:9.3e}",
+    "grad_norm": "{:9.4f}",
+    "tokens_per_s": "{:9.0f}",
+    "peak_gib": "{:7.2f}",
+}
 
 
 class Tracker:
@@ -20,7 +28,7 @@ class Tracker:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(logging_dir or str(Path(output_dir) / "runs"))
-        self.file = open(Path(output_dir) / "metrics.jsonl", "a", encoding="utf-8")
+        self.file = open(Path(output_dir) / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self.bar = tqdm(total=total_steps, initial=first_step, desc="train", unit=" steps", dynamic_ncols=True)
 
     def step(self):

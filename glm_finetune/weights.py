@@ -6,6 +6,7 @@ it is complete.
 
     for name, tensor in iter_tensors("ChatGLM3-6B/"): ...
 """
+
 import json
 import os
 import pickle
@@ -28,20 +29,26 @@ def weight_files(folder):
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder. Give the folder of a checkpoint (config.json, weights, tokenizer).")
+        raise ValueError(
+            f"{folder}: no such folder. Give the folder of a checkpoint (config.json, weights, tokenizer)."
+        )
     for name in INDEX_FILES:
         if (folder / name).is_file():
             shards = _shards(folder / name)
             missing = [shard for shard in shards if not (folder / shard).is_file()]
             if missing:
-                raise ValueError(f"{folder}: {name} lists {len(missing)} shard(s) that are not there: {missing}. "
-                                 "Copy them from where the checkpoint came from.")
+                raise ValueError(
+                    f"{folder}: {name} lists {len(missing)} shard(s) that are not there: {missing}. "
+                    "Copy them from where the checkpoint came from."
+                )
             return [folder / shard for shard in shards]
     for name in SINGLE_FILES:
         if (folder / name).is_file():
             return [folder / name]
-    raise ValueError(f"{folder}: no weights. Expected one of {[*SINGLE_FILES, *INDEX_FILES]}, "
-                     f"found {sorted(p.name for p in folder.iterdir())}.")
+    raise ValueError(
+        f"{folder}: no weights. Expected one of {[*SINGLE_FILES, *INDEX_FILES]}, "
+        f"found {sorted(p.name for p in folder.iterdir())}."
+    )
 
 
 def _shards(index_file):
@@ -76,12 +83,15 @@ def iter_file(path):
     try:
         yield from _iter_safetensors(path) if path.suffix == ".safetensors" else _iter_bin(path)
     except pickle.UnpicklingError:  # torch's message advises to switch the protection off
-        raise ValueError(f"{path}: refused, it does not hold plain tensors. It is damaged, a git-lfs pointer (then: "
-                         "git lfs pull), or a pickle with objects in it, which could run any code.") from None
+        raise ValueError(
+            f"{path}: refused, it does not hold plain tensors. It is damaged, a git-lfs pointer (then: "
+            "git lfs pull), or a pickle with objects in it, which could run any code."
+        ) from None
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: the file is damaged or not a weight file ({_first_line(error)}). Copy it again and "
-                         "compare its size with the source; some hundred bytes are a git-lfs pointer: git lfs pull."
-                         ) from error
+        raise ValueError(
+            f"{path}: the file is damaged or not a weight file ({_first_line(error)}). Copy it again and "
+            "compare its size with the source; some hundred bytes are a git-lfs pointer: git lfs pull."
+        ) from error
 
 
 def file_dtypes(folder):
@@ -95,7 +105,7 @@ def _first_line(error):
 
 def _iter_safetensors(path):
     with safe_open(path, framework="pt") as file:
-        for name in file.keys():
+        for name in file.keys():  # noqa: SIM118 (not a dict)
             yield name, file.get_tensor(name)
 
 
@@ -138,8 +148,11 @@ def fill(model, folder, dtype, device="cpu", ignore=(), may_miss=(), aliases=Non
         seen.add(target)
     missing = [name for name in parameters if name not in seen and not any(part in name for part in may_miss)]
     kinds = (("missing", missing), ("unexpected", unexpected), ("wrong shape or type", misshaped))
-    problems = [f"{kind} ({len(names)}): {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-                for kind, names in kinds if names]
+    problems = [
+        f"{kind} ({len(names)}): {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        for kind, names in kinds
+        if names
+    ]
     if problems:
         raise ValueError(f"{folder}: the weights do not fit the model of its config.json.\n  " + "\n  ".join(problems))
     return [name for name in parameters if name not in seen]

@@ -9,13 +9,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 find_python() {
     local name
-    for name in "${PYTHON:-}" python3.11 python3.12 python3.10 python3; do
-        if [ -n "$name" ] && command -v "$name" >/dev/null && "$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+    for name in "${PYTHON:-}" python3.11 python3.12 python3.13 python3; do
+        if [ -n "$name" ] && command -v "$name" >/dev/null && "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
             echo "$name"
             return
         fi
     done
-    echo "error: no Python 3.10 or newer found (3.11 is what is tested). Install one, or set PYTHON to it." >&2
+    echo "error: no Python 3.11 or newer found (3.11 is what is tested). Install one, or set PYTHON to it." >&2
     return 1
 }
 

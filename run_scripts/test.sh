@@ -3,4 +3,5 @@
 source "$(dirname "$0")/setup.sh"
 
 ruff check .
+ruff format --check .
 python -m pytest tests -q "$@"

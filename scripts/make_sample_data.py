@@ -10,6 +10,7 @@ literal parts of the input; the same seed gives the same bytes.
 The files are split by (part, fault) pair: every test row has at least one pair that no training row has, made of words
 that training rows do have. A model that memorised pairs fails on it, one that copies does not.
 """
+
 import argparse
 import json
 import os
@@ -60,7 +61,13 @@ FACT_CLAUSES = (
 )
 # Parts that are sound or repaired, and circumstances: no triple.
 PLAIN_CLAUSES = (
-    "{part}正常", "更换了{part}", "清洗{part}后试车", "检查{part}正常", "行驶{km}公里", "用户报修", "雨天行驶",
+    "{part}正常",
+    "更换了{part}",
+    "清洗{part}后试车",
+    "检查{part}正常",
+    "行驶{km}公里",
+    "用户报修",
+    "雨天行驶",
 )
 
 
@@ -73,8 +80,16 @@ def make_clause(rng: random.Random, parts: list[str], kind: tuple[str, tuple[str
     """Fill in one clause; takes two words off `parts`, so that no two clauses of a row speak of the same part."""
     part, part2 = parts.pop(), parts.pop()
     fault, fault2 = rng.sample(FAULTS, 2)
-    words = {"part": part, "part2": part2, "fault": fault, "fault2": fault2, "system": SYSTEM_OF[part],
-             "symptom": rng.choice(SYMPTOMS), "tool": rng.choice(TOOLS), "km": 1000 * rng.randint(2, 98)}
+    words = {
+        "part": part,
+        "part2": part2,
+        "fault": fault,
+        "fault2": fault2,
+        "system": SYSTEM_OF[part],
+        "symptom": rng.choice(SYMPTOMS),
+        "tool": rng.choice(TOOLS),
+        "km": 1000 * rng.randint(2, 98),
+    }
     clause, triples = kind
     return clause.format(**words), [triple.format(**words) for triple in triples]
 

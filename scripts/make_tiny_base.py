@@ -1,10 +1,12 @@
-"""Make the tiny ChatGLM3-architecture base of the quickstart from scratch: tokenizer, random weights, plain-text training.
+"""Make the tiny ChatGLM3-architecture base of the quickstart from scratch: tokenizer, random weights, plain-text
+training.
 
     python scripts/make_tiny_base.py --output_dir tiny_base      # about five minutes on two cores
 
-It learns to repeat and to continue the shipped fault reports, with train.py --train_type all, and never sees a triple of
-a report: fine-tuning has everything left to teach.
+It learns to repeat and to continue the shipped fault reports, with train.py --train_type all, and never sees a triple
+of a report: fine-tuning has everything left to teach.
 """
+
 import argparse
 import json
 import random
@@ -23,8 +25,16 @@ from glm_finetune import MODE, weights  # noqa: E402 (the repository is not inst
 
 NUM_ROWS = 12000
 STEPS = 1500
-CONFIG = dict(num_layers=4, hidden_size=160, num_attention_heads=5, kv_channels=32, multi_query_group_num=1,
-              ffn_hidden_size=432, seq_length=256, _name_or_path="tiny-chatglm3")
+CONFIG = dict(
+    num_layers=4,
+    hidden_size=160,
+    num_attention_heads=5,
+    kv_channels=32,
+    multi_query_group_num=1,
+    ffn_hidden_size=432,
+    seq_length=256,
+    _name_or_path="tiny-chatglm3",
+)
 
 
 def main():
@@ -32,18 +42,44 @@ def main():
     parser.add_argument("--train_path", default=str(ROOT / "data/spo_0.json"))
     parser.add_argument("--output_dir", default=str(ROOT / "tiny_base"))
     args = parser.parse_args()
-    rows = [json.loads(line) for line in open(args.train_path, encoding="utf-8")]
+    rows = [json.loads(line) for line in Path(args.train_path).read_text(encoding="utf-8").splitlines()]
     with tempfile.TemporaryDirectory() as work:
         work = Path(work)
         (work / "random").mkdir()
         make_tokenizer(rows, work / "random")
         make_model(work / "random")
         write_rows(rows, work / "plain.jsonl")
-        subprocess.run([sys.executable, str(ROOT / "train.py"), "--mode", "glm3", "--train_type", "all",
-                        "--model_name_or_path", work / "random", "--train_path", work / "plain.jsonl",
-                        "--output_dir", work / "out", "--max_len", "160", "--max_src_len", "96", "--max_steps", str(STEPS),
-                        "--per_device_train_batch_size", "32", "--learning_rate", "3e-3", "--precision", "fp32",
-                        "--show_loss_step", "50"], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                str(ROOT / "train.py"),
+                "--mode",
+                "glm3",
+                "--train_type",
+                "all",
+                "--model_name_or_path",
+                work / "random",
+                "--train_path",
+                work / "plain.jsonl",
+                "--output_dir",
+                work / "out",
+                "--max_len",
+                "160",
+                "--max_src_len",
+                "96",
+                "--max_steps",
+                str(STEPS),
+                "--per_device_train_batch_size",
+                "32",
+                "--learning_rate",
+                "3e-3",
+                "--precision",
+                "fp32",
+                "--show_loss_step",
+                "50",
+            ],
+            check=True,
+        )
         trained = next((work / "out").glob(f"epoch-*-step-{STEPS}"))
         publish(trained, work / "base")
         shutil.rmtree(args.output_dir, ignore_errors=True)
@@ -51,17 +87,36 @@ def main():
 
 
 def make_tokenizer(rows, folder):
-    """A byte-fallback BPE model with the pieces of ChatGLM3's (unk, bos, eos = 0, 1, 2), about one piece a character."""
+    """A byte-fallback BPE model with the pieces of ChatGLM3's (unk, bos, eos = 0, 1, 2), about one piece a
+    character.
+    """
     texts = [row["instruction"] + row["input"] + "\n" + row["output"] for row in rows]
     characters = set("".join(texts)) - {"\n"}
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*"".join(sorted(characters)), *texts]), model_prefix=str(folder / "tokenizer"),
-        vocab_size=3 + 256 + len(characters) + 8, model_type="bpe", byte_fallback=True, character_coverage=1.0,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
-        minloglevel=2)
+        sentence_iterator=iter([*"".join(sorted(characters)), *texts]),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=3 + 256 + len(characters) + 8,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        minloglevel=2,
+    )
     (folder / "tokenizer.vocab").unlink()
-    weights.write_json({"name_or_path": "tiny-chatglm3", "remove_space": False, "do_lower_case": False,
-                        "tokenizer_class": "ChatGLMTokenizer"}, folder / "tokenizer_config.json")
+    weights.write_json(
+        {
+            "name_or_path": "tiny-chatglm3",
+            "remove_space": False,
+            "do_lower_case": False,
+            "tokenizer_class": "ChatGLMTokenizer",
+        },
+        folder / "tokenizer_config.json",
+    )
 
 
 def make_model(folder):

@@ -1,4 +1,5 @@
 """Fixtures: one tiny checkpoint of each mode for the whole session, and small data files."""
+
 import json
 from pathlib import Path
 

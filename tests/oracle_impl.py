@@ -1,7 +1,8 @@
 """Hooks of the golden data's check.py: how this project does what the original did.
 
-    python <golden data>/check.py <golden data> --impl tests/oracle_impl.py
+python <golden data>/check.py <golden data> --impl tests/oracle_impl.py
 """
+
 import sys
 from functools import partial
 from pathlib import Path
@@ -52,9 +53,11 @@ def build_prompt(tokenizer, mode, query, history):
 
 
 def chat(model, tokenizer, mode, query, history, max_length):
-    # The original ChatGLM3 drops the last token it generated, whatever it is (oracle_exceptions.json); ours keeps it, so
-    # it is asked for one token less.
-    return chat_once(model, tokenizer, MODE[mode], query, history, max_length=max_length - (mode == "glm3"), do_sample=False)
+    # The original ChatGLM3 drops the last token it generated, whatever it is (oracle_exceptions.json); ours keeps it,
+    # so it is asked for one token less.
+    return chat_once(
+        model, tokenizer, MODE[mode], query, history, max_length=max_length - (mode == "glm3"), do_sample=False
+    )
 
 
 def process_response(model, mode, text, history=None):
@@ -77,5 +80,7 @@ def build_collator(tokenizer, mode):
 def rope_table(mode, dim, dtype, positions):
     # dim: the rotated dimensions of a head, for ChatGLM-6B those of one position; both are half a head.
     inverse_frequencies = sys.modules[MODE[mode].model.__module__].inverse_frequencies
-    cos, sin = (table.to(getattr(torch, dtype)).float() for table in rotary_angles(positions, inverse_frequencies(2 * dim)))
+    cos, sin = (
+        table.to(getattr(torch, dtype)).float() for table in rotary_angles(positions, inverse_frequencies(2 * dim))
+    )
     return (torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)) if mode == "glm" else (cos, sin)

@@ -2,6 +2,7 @@
 
 A two-rank job takes about a second instead of ten. The processes leave with os._exit, as the tests are over by then.
 """
+
 import io
 import multiprocessing
 import os
@@ -10,7 +11,16 @@ import sys
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
 
-PRELOAD = ["torch", "deepspeed", "transformers", "peft", "torch.utils.tensorboard", "glm_finetune.build", "train", "tests.ranks"]
+PRELOAD = [
+    "torch",
+    "deepspeed",
+    "transformers",
+    "peft",
+    "torch.utils.tensorboard",
+    "glm_finetune.build",
+    "train",
+    "tests.ranks",
+]
 
 
 def free_port():
@@ -20,13 +30,18 @@ def free_port():
 
 
 def run_ranks(function, world_size, *args, timeout_secs=120):
-    """Call function(*args) on each rank; returns the results in order of rank. Raises RuntimeError with a rank's error."""
+    """Call function(*args) on each rank; returns the results in order of rank.
+
+    Raises RuntimeError with a rank's error.
+    """
     os.environ["DS_ACCELERATOR"] = "cpu"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     queue, port = context.Queue(), free_port()
-    processes = [context.Process(target=_rank, args=(function, args, rank, world_size, port, queue))
-                 for rank in range(world_size)]
+    processes = [
+        context.Process(target=_rank, args=(function, args, rank, world_size, port, queue))
+        for rank in range(world_size)
+    ]
     for process in processes:
         process.start()
     results = {}
@@ -44,8 +59,15 @@ def run_ranks(function, world_size, *args, timeout_secs=120):
 
 
 def _rank(function, args, rank, world_size, port, queue):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
     import torch
 
     torch.set_num_threads(1)
@@ -59,7 +81,10 @@ def _rank(function, args, rank, world_size, port, queue):
 
 
 def train_main(arguments):
-    """train.py with these arguments, in this process; returns what it printed. Errors are raised, not turned into exits."""
+    """train.py with these arguments, in this process; returns what it printed.
+
+    Errors are raised, not turned into exits.
+    """
     import train
 
     sys.argv = ["train.py", *map(str, arguments)]
@@ -71,10 +96,29 @@ def train_main(arguments):
 
 def train_arguments(mode, train_type, checkpoint, data_file, output_dir, **flags):
     """Arguments of a short run; flags: others, True for a bare one."""
-    flags = {"max_len": 128, "max_src_len": 64, "per_device_train_batch_size": 4, "show_loss_step": 1, "lora_dropout": 0,
-             "learning_rate": 1e-2, **flags}
-    arguments = ["--mode", mode, "--train_type", train_type, "--model_name_or_path", checkpoint, "--train_path", data_file,
-                 "--output_dir", output_dir, "--device", "cpu"]
+    flags = {
+        "max_len": 128,
+        "max_src_len": 64,
+        "per_device_train_batch_size": 4,
+        "show_loss_step": 1,
+        "lora_dropout": 0,
+        "learning_rate": 1e-2,
+        **flags,
+    }
+    arguments = [
+        "--mode",
+        mode,
+        "--train_type",
+        train_type,
+        "--model_name_or_path",
+        checkpoint,
+        "--train_path",
+        data_file,
+        "--output_dir",
+        output_dir,
+        "--device",
+        "cpu",
+    ]
     if train_type == "freeze":
         arguments += ["--freeze_module_name", "layers.1."]
     for name, value in flags.items():

@@ -1,4 +1,5 @@
 """What a refusal of bad input looks like: one message, exit code 2, the folders as they were."""
+
 import sys
 from pathlib import Path
 

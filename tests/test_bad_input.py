@@ -1,4 +1,5 @@
 """Wrong flags, data and DeepSpeed files: one error that names the thing and says what to do."""
+
 import json
 
 import pytest
@@ -13,53 +14,81 @@ NEEDED = ["--model_name_or_path", "base", "--train_path", "data", "--output_dir"
 every_mode = pytest.mark.parametrize("mode", MODE)
 
 
-@pytest.mark.parametrize("arguments, parts", [
-    (["--lora_dimm", "4"], ["unknown flag --lora_dimm", "--lora_dim?"]),
-    (["--lora_dimm=4", "--foo", "3"], ["--lora_dimm", "unknown flag --foo", "--help"]),
-    (["-max_len", "4"], ["unknown flag -max_len", "--max_len?"]),
-    (["stray.json"], ["'stray.json' belongs to no flag"]),
-    (["--lr_scheduler", "cosin"], ["--lr_scheduler 'cosin'", "Did you mean cosine?"]),
-    (["--precision", "fp8"], ["--precision 'fp8'", "bf16, fp16, fp32"]),
-    (["--device", "gpu"], ["--device 'gpu'", "cuda, cpu"]),
-    (["--max_len", "abc"], ["--max_len", "invalid int value: 'abc'"]),
-    (["--max_len"], ["--max_len", "expected one argument"]),
-    (["--is_skip", "maybe"], ["--is_skip", "expected True or False, not 'maybe'"]),
-    (["--max_len", "100", "--max_len=200"], ["--max_len is given twice (100 and 200)"]),
-    (["--is_skip", "--is_skip", "False"], ["--is_skip is given twice"]),
-    (["--ds_file", "a.json", "--deepspeed_config", "b.json"], ["--ds_file a.json", "--deepspeed_config b.json"]),
-    (["--lora_module_name", " , "], ["--lora_module_name", "names nothing"]),
-    (["--freeze_module_name", ""], ["--freeze_module_name", "names nothing"]),
-    (["--seed", "-1"], ["--seed -1"]),
-    (["--warmup_ratio", "1.5"], ["--warmup_ratio 1.5", "between 0 and 1"]),
-    (["--max_len", "-3", "--learning_rat", "3", "--lr_scheduler", "x"], ["-3", "--learning_rate?", "--lr_sch"]),
-])
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["--lora_dimm", "4"], ["unknown flag --lora_dimm", "--lora_dim?"]),
+        (["--lora_dimm=4", "--foo", "3"], ["--lora_dimm", "unknown flag --foo", "--help"]),
+        (["-max_len", "4"], ["unknown flag -max_len", "--max_len?"]),
+        (["stray.json"], ["'stray.json' belongs to no flag"]),
+        (["--lr_scheduler", "cosin"], ["--lr_scheduler 'cosin'", "Did you mean cosine?"]),
+        (["--precision", "fp8"], ["--precision 'fp8'", "bf16, fp16, fp32"]),
+        (["--device", "gpu"], ["--device 'gpu'", "cuda, cpu"]),
+        (["--max_len", "abc"], ["--max_len", "invalid int value: 'abc'"]),
+        (["--max_len"], ["--max_len", "expected one argument"]),
+        (["--is_skip", "maybe"], ["--is_skip", "expected True or False, not 'maybe'"]),
+        (["--ds_file", "a.json", "--deepspeed_config", "b.json"], ["--ds_file a.json", "--deepspeed_config b.json"]),
+        (["--lora_module_name", " , "], ["--lora_module_name", "names nothing"]),
+        (["--freeze_module_name", ""], ["--freeze_module_name", "names nothing"]),
+        (["--seed", "-1"], ["--seed -1"]),
+        (["--warmup_ratio", "1.5"], ["--warmup_ratio 1.5", "between 0 and 1"]),
+        (["--max_len", "-3", "--learning_rat", "3", "--lr_scheduler", "x"], ["-3", "--learning_rate?", "--lr_sch"]),
+    ],
+)
 def test_a_wrong_flag_is_named_with_what_is_allowed(arguments, parts):
     refused(lambda: parse(TrainConfig, [*NEEDED, *arguments]), *parts)
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "max_grad_norm", "lora_alpha", "lora_dropout",
-                                  "warmup_ratio", "min_lr_ratio"])
+@pytest.mark.parametrize(
+    "name",
+    ["learning_rate", "weight_decay", "max_grad_norm", "lora_alpha", "lora_dropout", "warmup_ratio", "min_lr_ratio"],
+)
 @pytest.mark.parametrize("value", ["nan", "inf", "-0.5"])
 def test_numbers_must_be_finite_and_not_negative(name, value):
     refused(lambda: parse(TrainConfig, [*NEEDED, f"--{name}", value]), f"--{name}", value)
 
 
-@pytest.mark.parametrize("name", ["max_len", "max_src_len", "lora_dim", "per_device_train_batch_size",
-                                  "num_train_epochs", "gradient_accumulation_steps", "max_steps", "show_loss_step",
-                                  "save_model_step", "save_total_limit"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "max_len",
+        "max_src_len",
+        "lora_dim",
+        "per_device_train_batch_size",
+        "num_train_epochs",
+        "gradient_accumulation_steps",
+        "max_steps",
+        "show_loss_step",
+        "save_model_step",
+        "save_total_limit",
+    ],
+)
 @pytest.mark.parametrize("value", ["0", "-2"])
 def test_counts_must_be_above_0(name, value):
     refused(lambda: parse(TrainConfig, [*NEEDED, f"--{name}", value]), f"--{name} {value}: must be above 0")
 
 
 def test_a_misspelt_required_flag_is_named_with_the_right_one():
-    refused(lambda: parse(TrainConfig, ["--model_name_or_pth", "base", *NEEDED[2:]]), "--model_name_or_pth",
-            "Did you mean --model_name_or_path?", "--model_name_or_path must be given")
+    refused(
+        lambda: parse(TrainConfig, ["--model_name_or_pth", "base", *NEEDED[2:]]),
+        "--model_name_or_pth",
+        "Did you mean --model_name_or_path?",
+        "--model_name_or_path must be given",
+    )
     refused(lambda: parse(TrainConfig, [*NEEDED[:-1], ""]), "--output_dir must be given")
 
 
-@pytest.mark.parametrize("arguments, expected", [([], False), (["--is_skip"], True), (["--is_skip", "True"], True),
-                                                 (["--is_skip", "False"], False), (["--is_skip=0"], False)])
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ([], False),
+        (["--is_skip"], True),
+        (["--is_skip", "True"], True),
+        (["--is_skip", "False"], False),
+        (["--is_skip=0"], False),
+        (["--is_skip", "--is_skip", "False"], False),
+    ],
+)
 def test_switches_take_values(arguments, expected):
     assert parse(TrainConfig, [*NEEDED, *arguments]).is_skip is expected
 
@@ -69,15 +98,18 @@ def test_unknown_mode_and_train_type_are_reported_together():
     refused(lambda: build.choose(config), "--mode 'GLM33'", "you mean glm3?", "--train_type 'lroa'", "you mean lora?")
 
 
-@pytest.mark.parametrize("arguments, parts", [
-    ([], ["--instruction", "--test_path", "--chat"]),
-    (["--chat", "--instruction", "x"], ["exactly one"]),
-    (["--chat", "--top_p", "3"], ["--top_p 3.0"]),
-    (["--chat", "--temperature", "nan"], ["--temperature", "finite"]),
-    (["--chat", "--batch_size", "-1"], ["--batch_size -1"]),
-    (["--chat", "--input", "x"], ["--input", "--instruction"]),
-    (["--chat", "--max_length", "100", "--max_new_tokens", "100"], ["--max_length 100", "--max_new_tokens 100"]),
-])
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        ([], ["--instruction", "--test_path", "--chat"]),
+        (["--chat", "--instruction", "x"], ["exactly one"]),
+        (["--chat", "--top_p", "3"], ["--top_p 3.0"]),
+        (["--chat", "--temperature", "nan"], ["--temperature", "finite"]),
+        (["--chat", "--batch_size", "-1"], ["--batch_size -1"]),
+        (["--chat", "--input", "x"], ["--input", "--instruction"]),
+        (["--chat", "--max_length", "100", "--max_new_tokens", "100"], ["--max_length 100", "--max_new_tokens 100"]),
+    ],
+)
 def test_predict_refuses_flags_that_make_no_sense(arguments, parts):
     refused(lambda: parse(PredictConfig, arguments), *parts)
 
@@ -112,38 +144,52 @@ def lines(*rows):
 @pytest.fixture
 def dataset(checkpoints, tmp_path):
     """Function: bytes of a file -> the data set of a mode."""
+
     def read(content, mode="glm3", **limits):
         (tmp_path / "data.json").write_bytes(content)
         tokenizer = MODE[mode].tokenizer.from_pretrained(checkpoints[mode])
         limits = {"max_len": 100, "max_src_len": 50, **limits}
         return MODE[mode].dataset(str(tmp_path / "data.json"), tokenizer, **limits)
+
     return read
 
 
-@pytest.mark.parametrize("content, parts", [
-    (b"", ["the file is empty"]),
-    (b"\xef\xbb\xbf \n", ["the file is empty"]),
-    (b"[]", ["the array is empty"]),
-    (lines(ROW) + b"\n{oops\n", [", line 2: not JSON", "{oops"]),
-    (lines(ROW, ROW)[:-4], [", line 2: not JSON"]),
-    (lines(ROW, 3), [", line 2: expected an object, found 3"]),
-    (b"[" + lines(ROW) + b', "x"]', [", entry 2: expected an object, found 'x'"]),
-    (b"[\n" + lines(ROW) + b",\n{]", [", line 3: not JSON"]),
-    (lines(ROW, {"instruction": "x", "output": "y"}), [", line 2: field 'input' is", "['instruction', 'output']"]),
-    (lines({**ROW, "output": 3}), [", line 1: field 'output' is 3, not a string", "['input', 'instruction',"]),
-    (lines({**ROW, "input": None}), [", line 1: field 'input' is None"]),
-    (b'{"instruction": "\\ud800", "input": "", "output": "x"}', [", line 1: field 'instruction'", "half of a char"]),
-    (lines(ROW).decode().encode("gbk"), ["not UTF-8", "iconv -f GBK"]),
-    (lines(ROW).decode().encode("utf-16"), ["not UTF-8"]),
-])
+@pytest.mark.parametrize(
+    "content, parts",
+    [
+        (b"", ["the file is empty"]),
+        (b"\xef\xbb\xbf \n", ["the file is empty"]),
+        (b"[]", ["the array is empty"]),
+        (lines(ROW) + b"\n{oops\n", [", line 2: not JSON", "{oops"]),
+        (lines(ROW, ROW)[:-4], [", line 2: not JSON"]),
+        (lines(ROW, 3), [", line 2: expected an object, found 3"]),
+        (b"[" + lines(ROW) + b', "x"]', [", entry 2: expected an object, found 'x'"]),
+        (b"[\n" + lines(ROW) + b",\n{]", [", line 3: not JSON"]),
+        (lines(ROW, {"instruction": "x", "output": "y"}), [", line 2: field 'input' is", "['instruction', 'output']"]),
+        (lines({**ROW, "output": 3}), [", line 1: field 'output' is 3, not a string", "['input', 'instruction',"]),
+        (lines({**ROW, "input": None}), [", line 1: field 'input' is None"]),
+        (
+            b'{"instruction": "\\ud800", "input": "", "output": "x"}',
+            [", line 1: field 'instruction'", "half of a char"],
+        ),
+        (lines(ROW).decode().encode("gbk"), ["not UTF-8", "iconv -f GBK"]),
+        (lines(ROW).decode().encode("utf-16"), ["not UTF-8"]),
+    ],
+)
 def test_a_bad_data_file_is_named_with_the_line(dataset, content, parts):
     refused(lambda: dataset(content), "data.json", *parts)
 
 
-@pytest.mark.parametrize("content", [
-    b"\xef\xbb\xbf" + lines(ROW, ROW), b"[" + lines(ROW) + b"," + lines(ROW) + b"]",
-    lines(ROW, ROW).replace(b"\n", b"\r\n\r\n"),
-    b"\xef\xbb\xbf[" + lines(ROW) + b",\n" + lines(ROW) + b"]\n"], ids=["bom", "array", "crlf", "bom-array"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbf" + lines(ROW, ROW),
+        b"[" + lines(ROW) + b"," + lines(ROW) + b"]",
+        lines(ROW, ROW).replace(b"\n", b"\r\n\r\n"),
+        b"\xef\xbb\xbf[" + lines(ROW) + b",\n" + lines(ROW) + b"]\n",
+    ],
+    ids=["bom", "array", "crlf", "bom-array"],
+)
 def test_files_of_other_editors_are_read(dataset, content):
     assert dataset(content).rows == dataset(lines(ROW, ROW)).rows
 
@@ -162,8 +208,11 @@ def test_samples_that_are_all_skipped_are_counted(dataset, mode):
 @every_mode
 @pytest.mark.parametrize("max_len, max_src_len", [(50, 50), (50, 60), (51, 50)])
 def test_a_question_as_long_as_a_sample_is_refused(dataset, mode, max_len, max_src_len):
-    refused(lambda: dataset(lines(ROW), mode, max_len=max_len, max_src_len=max_src_len), f"--max_src_len {max_src_len}",
-            f"--max_len {max_len}")
+    refused(
+        lambda: dataset(lines(ROW), mode, max_len=max_len, max_src_len=max_src_len),
+        f"--max_src_len {max_src_len}",
+        f"--max_len {max_len}",
+    )
 
 
 # DeepSpeed files
@@ -172,34 +221,45 @@ def test_a_question_as_long_as_a_sample_is_refused(dataset, mode, max_len, max_s
 @pytest.fixture
 def ds(tmp_path):
     """Function: text of a DeepSpeed file, flags -> what DeepSpeed gets."""
+
     def read(text, *arguments, precision="fp32"):
         (tmp_path / "ds.json").write_text(text, encoding="utf-8")
         value = read_ds_file(str(tmp_path / "ds.json"))
         precision_of(value)
         return resolve(value, parse(TrainConfig, [*NEEDED, *arguments]), 1, precision, "cpu")
+
     return read
 
 
-@pytest.mark.parametrize("text, parts", [
-    ("{x", ["ds.json: not valid JSON"]),
-    ("[]", ["ds.json: expected a JSON object, found a list"]),
-    ('{"train_micro_batch_size_per_gpu": 3}', ["_per_gpu = 3", "--per_device_train_batch_size says 16"]),
-    ('{"gradient_accumulation_steps": 3}', ["gradient_accumulation_steps = 3", "--gradient_accumulation_steps says 1"]),
-    ('{"gradient_clipping": 0.5}', ["gradient_clipping = 0.5", "--max_grad_norm says 1.0"]),
-    ('{"gradient_clipping": NaN}', ["gradient_clipping = nan", "--max_grad_norm"]),
-    ('{"train_batch_size": 77}', ["train_batch_size = 77", "says 16"]),
-    ('{"optimizer": {"type": "Adam", "params": {"lr": 5}}}', ["optimizer lr = 5", "--learning_rate says 0.001"]),
-    ('{"optimizer": {"type": "Lamb"}}', ["optimizer 'Lamb'", "AdamW"]),
-    ('{"bf16": {"enabled": true}}', ["bf16", "--precision says fp32"]),
-    ('{"fp16": {"enabled": "true"}}', ["fp16.enabled must be true or false"]),
-    ('{"zero_optimisation": {}}', ["'zero_optimisation'", "'zero_optimization'?"]),
-    ('{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}', ["offloads parameters at stage 2"]),
-    ('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}', ["offloads the optimizer without a stage"]),
-    ('{"zero_optimization": {"stage": "2"}}', ["stage is '2'"]),
-    ('{"zero_optimization": {"stage": 3, "offload_param": "cpu"}}', ["zero_optimization.offload_param must be"]),
-    *((f'{{"{name}": {value}}}', [f"{name} must be an object"]) for value in ("null", "3", '"auto"')
-      for name in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler")),
-])
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ("{x", ["ds.json: not valid JSON"]),
+        ("[]", ["ds.json: expected a JSON object, found a list"]),
+        ('{"train_micro_batch_size_per_gpu": 3}', ["_per_gpu = 3", "--per_device_train_batch_size says 16"]),
+        (
+            '{"gradient_accumulation_steps": 3}',
+            ["gradient_accumulation_steps = 3", "--gradient_accumulation_steps says 1"],
+        ),
+        ('{"gradient_clipping": 0.5}', ["gradient_clipping = 0.5", "--max_grad_norm says 1.0"]),
+        ('{"gradient_clipping": NaN}', ["gradient_clipping = nan", "--max_grad_norm"]),
+        ('{"train_batch_size": 77}', ["train_batch_size = 77", "says 16"]),
+        ('{"optimizer": {"type": "Adam", "params": {"lr": 5}}}', ["optimizer lr = 5", "--learning_rate says 0.001"]),
+        ('{"optimizer": {"type": "Lamb"}}', ["optimizer 'Lamb'", "AdamW"]),
+        ('{"bf16": {"enabled": true}}', ["bf16", "--precision says fp32"]),
+        ('{"fp16": {"enabled": "true"}}', ["fp16.enabled must be true or false"]),
+        ('{"zero_optimisation": {}}', ["'zero_optimisation'", "'zero_optimization'?"]),
+        ('{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}', ["offloads parameters at stage 2"]),
+        ('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}', ["offloads the optimizer without a stage"]),
+        ('{"zero_optimization": {"stage": "2"}}', ["stage is '2'"]),
+        ('{"zero_optimization": {"stage": 3, "offload_param": "cpu"}}', ["zero_optimization.offload_param must be"]),
+        *(
+            (f'{{"{name}": {value}}}', [f"{name} must be an object"])
+            for value in ("null", "3", '"auto"')
+            for name in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler")
+        ),
+    ],
+)
 def test_a_bad_deepspeed_file_is_named_with_the_flag_it_contradicts(ds, text, parts):
     refused(lambda: ds(text), *parts)
 

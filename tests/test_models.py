@@ -1,4 +1,5 @@
 """Models: properties that hold for every mode, against torch itself or against a second way to the same number."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -75,10 +76,14 @@ def test_chunked_loss_and_gradients_are_torchs(rows_at_a_time, monkeypatch):
     expected = F.cross_entropy(hidden @ weight.t(), targets, reduction="sum") * 0.3
     expected_gradients = torch.autograd.grad(expected, (hidden, weight))
     monkeypatch.setattr(loss, "MAX_LOGITS_BYTES", rows_at_a_time * 4 * 50)
-    for total in (loss.token_loss_sum(hidden, weight, targets) * 0.3,
-                  loss.wrapped_head_loss_sum(hidden, HeadOf(weight), targets) * 0.3):
+    for total in (
+        loss.token_loss_sum(hidden, weight, targets) * 0.3,
+        loss.wrapped_head_loss_sum(hidden, HeadOf(weight), targets) * 0.3,
+    ):
         torch.testing.assert_close(total, expected)
-        torch.testing.assert_close(torch.autograd.grad(total, (hidden, weight)), expected_gradients, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            torch.autograd.grad(total, (hidden, weight)), expected_gradients, rtol=1e-5, atol=1e-5
+        )
 
 
 class HeadOf(torch.nn.Module):
@@ -103,7 +108,9 @@ def test_causal_modes_build_no_mask_for_padding_on_the_right(mode, checkpoints, 
     rows, tokenizer = dataset(mode, checkpoints, data_file)
     seen = []
     attend = layers.attend
-    monkeypatch.setattr(f"{MODE[mode].model.__module__}.attend", lambda q, k, v, mask: seen.append(mask) or attend(q, k, v, mask))
+    monkeypatch.setattr(
+        f"{MODE[mode].model.__module__}.attend", lambda q, k, v, mask: seen.append(mask) or attend(q, k, v, mask)
+    )
     load(mode, checkpoints)(**batch_of(rows[:4], mode, tokenizer))
     assert seen and all(mask is None for mask in seen)
 
@@ -131,13 +138,19 @@ def test_generation_is_the_same_with_cache_without_and_in_a_left_padded_batch(mo
     torch.manual_seed(3)
     model = load(mode, checkpoints, pre_seq_len=pre_seq_len)
     tokenizer = MODE[mode].tokenizer.from_pretrained(checkpoints[mode])
-    prompts = [chat_ids(MODE[mode], tokenizer, text, []) for text in ("风扇不转", "发动机水温高，节温器卡死，检查水泵", "好")]
+    prompts = [
+        chat_ids(MODE[mode], tokenizer, text, []) for text in ("风扇不转", "发动机水温高，节温器卡死，检查水泵", "好")
+    ]
     options = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=tokenizer.pad_token_id)
     alone = [model.generate(input_ids=torch.tensor([ids]), **options)[0, len(ids) :].tolist() for ids in prompts]
-    uncached = [model.generate(input_ids=torch.tensor([ids]), use_cache=False, **options)[0, len(ids) :].tolist()
-                for ids in prompts]
+    uncached = [
+        model.generate(input_ids=torch.tensor([ids]), use_cache=False, **options)[0, len(ids) :].tolist()
+        for ids in prompts
+    ]
     width = max(map(len, prompts))
-    batch = {name: torch.stack([torch.as_tensor(v) for v in rows]) for name, rows in tokenizer.pad(prompts, width).items()}
+    batch = {
+        name: torch.stack([torch.as_tensor(v) for v in rows]) for name, rows in tokenizer.pad(prompts, width).items()
+    }
     assert uncached == alone
     assert model.generate(**batch, **options)[:, width:].tolist() == alone
     beams = model.generate(**batch, num_beams=2, **options)
@@ -148,7 +161,9 @@ def test_generation_is_the_same_with_cache_without_and_in_a_left_padded_batch(mo
 def test_only_the_last_logits_are_computed_in_generation(mode, checkpoints, monkeypatch):
     model = load(mode, checkpoints)
     tokenizer, shapes = MODE[mode].tokenizer.from_pretrained(checkpoints[mode]), []
-    model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape[:2])))
+    model.get_output_embeddings().register_forward_hook(
+        lambda module, inputs, output: shapes.append(tuple(output.shape[:2]))
+    )
     ids = chat_ids(MODE[mode], tokenizer, "风扇不转", [])
     model.generate(input_ids=torch.tensor([ids]), max_new_tokens=3, do_sample=False, eos_token_id=None)
     assert shapes == [(1, 1)] * 3

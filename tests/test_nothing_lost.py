@@ -1,4 +1,5 @@
 """Results that exist stay as they are, whatever goes wrong: full disks, damaged adapters, killed predictions."""
+
 import errno
 import shutil
 import subprocess
@@ -31,8 +32,23 @@ def adapter(checkpoints, tmp_path_factory):
 
 def new_run(base, output_dir, kind):
     """Function: step -> checkpoint folder, saved as train.py does."""
-    config = parse(TrainConfig, ["--mode", "glm3", "--model_name_or_path", str(base), "--train_path", "x", "--lora_dim",
-                                 "2", "--output_dir", str(output_dir), "--train_type", kind])
+    config = parse(
+        TrainConfig,
+        [
+            "--mode",
+            "glm3",
+            "--model_name_or_path",
+            str(base),
+            "--train_path",
+            "x",
+            "--lora_dim",
+            "2",
+            "--output_dir",
+            str(output_dir),
+            "--train_type",
+            kind,
+        ],
+    )
     mode, train_type = build.choose(config)
     model = train_type.apply(build.load_base(mode, base, "fp32", CPU), config, mode)
     for name, parameter in model.named_parameters():
@@ -65,25 +81,45 @@ def test_results_are_refused_without_the_flag_and_untouched(checkpoints, tmp_pat
     (tmp_path / "out/epoch-1-step-2").mkdir(parents=True)
     (tmp_path / "out/epoch-1-step-2/adapter_model.safetensors").write_bytes(b"weeks of work")
     before = contents(tmp_path)
-    code, error = run_main(train, monkeypatch, capsys, "--mode", "glm3", "--model_name_or_path", checkpoints["glm3"],
-                           "--train_path", data_file, "--output_dir", tmp_path / "out")
+    code, error = run_main(
+        train,
+        monkeypatch,
+        capsys,
+        "--mode",
+        "glm3",
+        "--model_name_or_path",
+        checkpoints["glm3"],
+        "--train_path",
+        data_file,
+        "--output_dir",
+        tmp_path / "out",
+    )
     assert code == 2 and "epoch-1-step-2" in error and "--overwrite_output_dir" in error
     assert contents(tmp_path) == before
     (tmp_path / "file").touch()
     refused(lambda: checkpoint.check_output_dir(str(tmp_path / "file"), False), "--output_dir", "is a file")
 
 
-@pytest.mark.parametrize("arguments, parts", [
-    (["--train_path", "none.json"], ["none.json: no such file"]),
-    (["--ds_file", "none.json"], ["--ds_file none.json"]),
-    (["--max_src_len", "100", "--max_len", "100"], ["--max_src_len 100", "--max_len 100"]),
-    (["--precision", "fp16"], ["--precision fp16", "bf16 or fp32"]),
-    (["--model_name_or_path", "none"], ["none: no such folder"]),
-])
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["--train_path", "none.json"], ["none.json: no such file"]),
+        (["--ds_file", "none.json"], ["--ds_file none.json"]),
+        (["--max_src_len", "100", "--max_len", "100"], ["--max_src_len 100", "--max_len 100"]),
+        (["--precision", "fp16"], ["--precision fp16", "bf16 or fp32"]),
+        (["--model_name_or_path", "none"], ["none: no such folder"]),
+    ],
+)
 def test_training_that_cannot_begin_writes_nothing(
-        checkpoints, tmp_path, data_file, monkeypatch, capsys, arguments, parts):
-    flags = {"--mode": "glm3", "--model_name_or_path": checkpoints["glm3"], "--train_path": data_file,
-             "--device": "cpu", "--output_dir": tmp_path / "out"} | dict(zip(arguments[::2], arguments[1::2]))
+    checkpoints, tmp_path, data_file, monkeypatch, capsys, arguments, parts
+):
+    flags = {
+        "--mode": "glm3",
+        "--model_name_or_path": checkpoints["glm3"],
+        "--train_path": data_file,
+        "--device": "cpu",
+        "--output_dir": tmp_path / "out",
+    } | dict(zip(arguments[::2], arguments[1::2]))
     code, error = run_main(train, monkeypatch, capsys, *[part for item in flags.items() for part in item])
     assert code == 2 and all(part in error for part in parts) and "Traceback" not in error
     assert not (tmp_path / "out").exists()
@@ -97,25 +133,32 @@ def adapter_tensors(change):
         state = load_file(folder / "adapter_model.safetensors")
         change(state, sorted(state)[0])
         save_file(state, folder / "adapter_model.safetensors")
+
     return damage
 
 
-@pytest.mark.parametrize("damage, parts", [
-    (cut("adapter_config.json"), ["adapter_config.json: not valid JSON"]),
-    (write("adapter_config.json", b"[]"), ["adapter_config.json: expected a JSON object"]),
-    (write("adapter_config.json", b"{}"), ["adapter_config.json: peft_type is None"]),
-    (json_fields("adapter_config.json", r=None), ["adapter_config.json: r is None"]),
-    (json_fields("adapter_config.json", lora_alpha="8"), ["adapter_config.json: lora_alpha is '8'"]),
-    (json_fields("adapter_config.json", r=4), ["does not fit the base", "size mismatch"]),
-    (json_fields("adapter_config.json", target_modules=["q_proj"]), ["does not fit the base", "q_proj"]),
-    (json_fields("adapter_config.json", target_modules=["query_key_value", "dense"]), ["4 tensors missing", "dense"]),
-    (remove("adapter_model.safetensors"), ["no weights of the adapter"]),
-    (cut("adapter_model.safetensors"), ["adapter_model.safetensors: the file is damaged"]),
-    (adapter_tensors(lambda state, name: state.pop(name)), ["1 tensors missing", "of another base"]),
-    (adapter_tensors(lambda state, name: state.update(extra=state.pop(name))), ["1 tensors missing", "['extra']"]),
-    (write("train_config.json", b"{"), ["train_config.json: not valid JSON"]),
-    (json_fields("train_config.json", mode="glm9"), ["--mode (glm, glm2, glm3)"]),
-])
+@pytest.mark.parametrize(
+    "damage, parts",
+    [
+        (cut("adapter_config.json"), ["adapter_config.json: not valid JSON"]),
+        (write("adapter_config.json", b"[]"), ["adapter_config.json: expected a JSON object"]),
+        (write("adapter_config.json", b"{}"), ["adapter_config.json: peft_type is None"]),
+        (json_fields("adapter_config.json", r=None), ["adapter_config.json: r is None"]),
+        (json_fields("adapter_config.json", lora_alpha="8"), ["adapter_config.json: lora_alpha is '8'"]),
+        (json_fields("adapter_config.json", r=4), ["does not fit the base", "size mismatch"]),
+        (json_fields("adapter_config.json", target_modules=["q_proj"]), ["does not fit the base", "q_proj"]),
+        (
+            json_fields("adapter_config.json", target_modules=["query_key_value", "dense"]),
+            ["4 tensors missing", "dense"],
+        ),
+        (remove("adapter_model.safetensors"), ["no weights of the adapter"]),
+        (cut("adapter_model.safetensors"), ["adapter_model.safetensors: the file is damaged"]),
+        (adapter_tensors(lambda state, name: state.pop(name)), ["1 tensors missing", "of another base"]),
+        (adapter_tensors(lambda state, name: state.update(extra=state.pop(name))), ["1 tensors missing", "['extra']"]),
+        (write("train_config.json", b"{"), ["train_config.json: not valid JSON"]),
+        (json_fields("train_config.json", mode="glm9"), ["--mode (glm, glm2, glm3)"]),
+    ],
+)
 def test_a_damaged_adapter_is_named_with_what_is_wrong(adapter, damage, parts):
     damage(adapter)
     refused(lambda: build.load_source(build.find_source(adapter), "fp32", CPU), *parts)
@@ -138,16 +181,24 @@ def test_the_folder_of_a_run_is_answered_with_the_checkpoints_in_it(adapter):
     refused(lambda: build.find_source(adapter, mode_name="glm4"), "--mode 'glm4'")
 
 
-@pytest.mark.parametrize("target", ["run/epoch-1-step-1", "run/epoch-1-step-1/merged", "run/x/../epoch-1-step-1/merged",
-                                    "mine", "half"])
+@pytest.mark.parametrize(
+    "target", ["run/epoch-1-step-1", "run/epoch-1-step-1/merged", "run/x/../epoch-1-step-1/merged", "mine", "half"]
+)
 def test_merging_touches_no_folder_that_exists(adapter, tmp_path, monkeypatch, capsys, target):
     shutil.copytree(adapter, tmp_path / "run/epoch-1-step-1")
     for folder in ("mine", "tmp-half", "run/x"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "notes.txt").write_text("mine")
     before = contents(tmp_path)
-    code, error = run_main(merge_lora, monkeypatch, capsys, "--model_dir", tmp_path / "run/epoch-1-step-1",
-                           "--output_dir", tmp_path / target)
+    code, error = run_main(
+        merge_lora,
+        monkeypatch,
+        capsys,
+        "--model_dir",
+        tmp_path / "run/epoch-1-step-1",
+        "--output_dir",
+        tmp_path / target,
+    )
     assert code == 2 and "--output_dir" in error and contents(tmp_path) == before
 
 
@@ -168,11 +219,19 @@ def test_merging_what_is_no_adapter_is_refused(checkpoints, monkeypatch, capsys)
 @pytest.fixture
 def ask(adapter, data_file, tmp_path, monkeypatch, capsys):
     """Function: flags of predict.py -> exit code, stderr. Answers the test's data file into out.jsonl."""
+
     def run(*arguments):
-        flags = {"--model_path": adapter, "--test_path": data_file, "--output_path": tmp_path / "out.jsonl",
-                 "--device": "cpu", "--max_new_tokens": 4, "--batch_size": 4}
+        flags = {
+            "--model_path": adapter,
+            "--test_path": data_file,
+            "--output_path": tmp_path / "out.jsonl",
+            "--device": "cpu",
+            "--max_new_tokens": 4,
+            "--batch_size": 4,
+        }
         flags |= dict(zip(arguments[::2], arguments[1::2]))
         return run_main(predict, monkeypatch, capsys, *[part for item in flags.items() for part in item])
+
     return run
 
 
@@ -187,9 +246,16 @@ def test_prediction_killed_within_a_line_or_a_character_goes_on_and_ends_the_sam
         assert ask()[0] == 0 and path.read_bytes() == whole, size
 
 
-@pytest.mark.parametrize("content", [
-    lines({**ROW, "prediction": "x"}) + b"\n", b"{oops\n", b"[1]\n", b"\xff\xfe\n",
-    *(b"".join(lines({**ROW, "prediction": "x"}) + b"\n" for _ in range(count)) for count in (20,))])
+@pytest.mark.parametrize(
+    "content",
+    [
+        lines({**ROW, "prediction": "x"}) + b"\n",
+        b"{oops\n",
+        b"[1]\n",
+        b"\xff\xfe\n",
+        *(b"".join(lines({**ROW, "prediction": "x"}) + b"\n" for _ in range(count)) for count in (20,)),
+    ],
+)
 def test_prediction_keeps_a_file_that_answers_something_else(ask, tmp_path, content):
     (tmp_path / "out.jsonl").write_bytes(content)
     code, error = ask()
@@ -204,12 +270,15 @@ def test_prediction_never_writes_over_the_questions(ask, data_file):
         assert code == 2 and "--test_path" in error and data_file.read_bytes() == before
 
 
-@pytest.mark.parametrize("arguments, parts", [
-    (["--device", "0"], ["--device 0", "--device cpu"]),
-    (["--test_path", "none.json"], ["none.json: no such file"]),
-    (["--model_path", "none"], ["none: no such folder"]),
-    (["--mode", "glm"], ["config.json", "--mode"]),
-])
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["--device", "0"], ["--device 0", "--device cpu"]),
+        (["--test_path", "none.json"], ["none.json: no such file"]),
+        (["--model_path", "none"], ["none: no such folder"]),
+        (["--mode", "glm"], ["config.json", "--mode"]),
+    ],
+)
 def test_prediction_that_cannot_begin_writes_nothing(ask, tmp_path, monkeypatch, arguments, parts):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, error = ask(*arguments)
@@ -220,19 +289,39 @@ def test_prediction_that_cannot_begin_writes_nothing(ask, tmp_path, monkeypatch,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments, part", [
-    (["--lora_module_name", "q_proj"], "no layer is called q_proj"),
-    (["--ds_file", "ds.json"], "ds_file: ofload_optimizer"),
-    (["--lerning_rate", "1"], "unknown flag --lerning_rate"),
-])
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        (["--lora_module_name", "q_proj"], "no layer is called q_proj"),
+        (["--ds_file", "ds.json"], "ds_file: ofload_optimizer"),
+        (["--lerning_rate", "1"], "unknown flag --lerning_rate"),
+    ],
+)
 def test_train_py_ends_with_one_error_and_the_old_results(checkpoints, tmp_path, data_file, arguments, part):
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2, "ofload_optimizer": {"device": "cpu"}}}')
     (tmp_path / "out/epoch-1-step-2").mkdir(parents=True)
     (tmp_path / "out/epoch-1-step-2/adapter_model.safetensors").write_bytes(b"weeks of work")
     before = contents(tmp_path)
     run = subprocess.run(
-        [sys.executable, ROOT / "train.py", "--mode", "glm3", "--model_name_or_path", checkpoints["glm3"],
-         "--train_path", data_file, "--output_dir", "out", "--overwrite_output_dir", "--device", "cpu", *arguments],
-        cwd=tmp_path, capture_output=True, text=True)
+        [
+            sys.executable,
+            ROOT / "train.py",
+            "--mode",
+            "glm3",
+            "--model_name_or_path",
+            checkpoints["glm3"],
+            "--train_path",
+            data_file,
+            "--output_dir",
+            "out",
+            "--overwrite_output_dir",
+            "--device",
+            "cpu",
+            *arguments,
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 2 and run.stderr.count("error: ") == 1 and part in run.stderr
     assert "Traceback" not in run.stderr and contents(tmp_path) == before

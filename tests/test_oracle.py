@@ -3,6 +3,7 @@
 A part of the golden data that the project was built against; what each file holds is said in the README under "Proof".
 The hooks are those of tests/oracle_impl.py, so that this and the complete check run the same code.
 """
+
 import json
 from pathlib import Path
 
@@ -93,8 +94,10 @@ def test_training_rows(case):
         settings = [entry[name] for name in ("max_len", "max_src_len", "is_skip")]
         rows = list(impl.build_dataset(ROOT / case["samples"], tokenizer, case["mode"], *settings))
         if not entry["is_skip"]:
-            whole = [{"input_ids": ids, "labels": [-100] * n + ids[n:]}
-                     for ids, n in zip(entry["input_ids"], entry["n_ignored"])]
+            whole = [
+                {"input_ids": ids, "labels": [-100] * n + ids[n:]}
+                for ids, n in zip(entry["input_ids"], entry["n_ignored"])
+            ]
         expected = whole if not entry["is_skip"] else [whole[i] for i in entry["kept_rows"]]
         assert [{name: row[name] for name in ("input_ids", "labels")} for row in rows] == expected
 
@@ -103,7 +106,9 @@ def test_training_rows(case):
 def test_chat_turns(case):
     model, tokenizer = model_of(case), tokenizer_of(case)
     for entry in recorded(case):
-        response, history = impl.chat(model, tokenizer, case["mode"], entry["query"], entry["history"], entry["max_length"])
+        response, history = impl.chat(
+            model, tokenizer, case["mode"], entry["query"], entry["history"], entry["max_length"]
+        )
         assert response == entry["response"]
         assert json.loads(json.dumps(history)) == entry["new_history"]
 
@@ -125,8 +130,11 @@ def test_every_parameter_of_the_released_6b_checkpoints_is_accounted_for(name):
     ours = {n: list(p.shape) for n, p in model.named_parameters()}
     ours |= {alias: ours[parameter] for alias, parameter in model.tied_names().items()}
     ours |= {n: list(buffer.shape) for n, buffer in model.stored_buffers().items()}
-    theirs = {n.replace("{i}", str(i)): shape for n, shape in contract["parameter_shapes"].items()
-              for i in range(config.num_layers if "{i}" in n else 1)}
+    theirs = {
+        n.replace("{i}", str(i)): shape
+        for n, shape in contract["parameter_shapes"].items()
+        for i in range(config.num_layers if "{i}" in n else 1)
+    }
     assert ours == theirs and len(theirs) == contract["num_names"]
     assert issubclass(mode.model, ChatGLM2ForConditionalGeneration) == (contract["mode"] != "glm")
 

@@ -1,4 +1,5 @@
 """The rules of the project, held by a test so that breaking one is a decision."""
+
 import ast
 import json
 import re
@@ -9,12 +10,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("glm_finetune/**/*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("benchmarks/*.py")])
+SOURCES = sorted(
+    [*ROOT.glob("*.py"), *ROOT.glob("glm_finetune/**/*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("benchmarks/*.py")]
+)
 TESTS = sorted(ROOT.glob("tests/**/*.py"))
 
 # Who may import whom: a module may import those of lower levels, and those of its own level.
-LEVELS = (("config", "dist", "optim", "loss", "weights", "metrics"), ("models", "tuning"), ("data", "modes"),
-          ("build", "checkpoint", "chat", "engine", "tracker", "ds_config", "summary"))
+LEVELS = (
+    ("config", "dist", "optim", "loss", "weights", "metrics"),
+    ("models", "tuning"),
+    ("data", "modes"),
+    ("build", "checkpoint", "chat", "engine", "tracker", "ds_config", "summary"),
+)
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 
@@ -59,8 +66,12 @@ def test_modules_import_only_what_lies_below_them():
 
 def test_models_know_no_flags_no_tokenizer_and_no_deepspeed():
     for path in ROOT.glob("glm_finetune/models/*.py"):
-        assert not [name for name in imported(path) if re.search(r"config$|tokenizer|sentencepiece|deepspeed|modes", name)
-                    and name.startswith(("glm_finetune.config", "glm_finetune.modes", "sentencepiece", "deepspeed"))]
+        assert not [
+            name
+            for name in imported(path)
+            if re.search(r"config$|tokenizer|sentencepiece|deepspeed|modes", name)
+            and name.startswith(("glm_finetune.config", "glm_finetune.modes", "sentencepiece", "deepspeed"))
+        ]
 
 
 def test_deepspeed_is_imported_by_what_launches_or_saves_only():
@@ -89,7 +100,9 @@ def test_shipped_deepspeed_files_resolve_and_hold_memory_strategy_only(path):
     assert list(ds_json) == ["zero_optimization"]
     resolved = resolve(ds_json, config, 2, "bf16", "cuda")
     assert resolved["train_batch_size"] == 32 and resolved["bf16"]["enabled"]
-    assert ("offload" in path.name) == ("offload_optimizer" in resolved["zero_optimization"]) or "no_offload" in path.name
+    assert ("offload" in path.name) == (
+        "offload_optimizer" in resolved["zero_optimization"]
+    ) or "no_offload" in path.name
 
 
 def test_importing_the_package_does_nothing_but_define():

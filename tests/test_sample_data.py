@@ -1,4 +1,5 @@
 """The shipped sample data: what generated it, its limits, and that an answer follows from its text alone."""
+
 import json
 import re
 import shlex
@@ -99,8 +100,12 @@ def test_every_line_is_three_parts_with_head_and_tail_from_the_input(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_output_follows_from_the_input_alone(name):
-    slots = {"部件故障": ("part", "fault"), "性能故障": ("system", "symptom"), "组成": ("system", "part"),
-             "检测工具": ("part", "tool")}
+    slots = {
+        "部件故障": ("part", "fault"),
+        "性能故障": ("system", "symptom"),
+        "组成": ("system", "part"),
+        "检测工具": ("part", "tool"),
+    }
     words = {slot: set() for pair in slots.values() for slot in pair}
     for head, relation, tail in (triple for row in TRAIN for triple in triples_of(row)):
         words[slots[relation][0]].add(head)

@@ -1,4 +1,5 @@
 """merge_lora.py, predict.py and the commands that users have: what they print, write and refuse."""
+
 import json
 import re
 import shlex
@@ -46,8 +47,22 @@ def test_merged_folder_predicts_what_the_adapter_predicts(mode, adapters, data_f
     assert "greedy agreement 100.0%" in capsys.readouterr().out
     assert {p.name: p.read_bytes() for p in adapters[mode].iterdir()} == before
     for name, folder in (("adapter", adapters[mode]), ("merged", tmp_path / "merged")):
-        call(predict, monkeypatch, "--model_path", folder, "--test_path", data_file, "--max_new_tokens", 8, "--device", "cpu",
-             "--batch_size", 4, "--output_path", tmp_path / f"{name}.jsonl")
+        call(
+            predict,
+            monkeypatch,
+            "--model_path",
+            folder,
+            "--test_path",
+            data_file,
+            "--max_new_tokens",
+            8,
+            "--device",
+            "cpu",
+            "--batch_size",
+            4,
+            "--output_path",
+            tmp_path / f"{name}.jsonl",
+        )
     assert (tmp_path / "adapter.jsonl").read_bytes() == (tmp_path / "merged.jsonl").read_bytes()
     assert "triples of 11 samples" in capsys.readouterr().out
 
@@ -62,10 +77,23 @@ def test_merged_folder_has_the_layout_and_dtypes_of_the_base(adapters, checkpoin
     mixed = {name: t if "layernorm" in name else t.half() for name, t in tensors.items()}  # as the released ChatGLM-6B
     save_file(mixed, base / "model.safetensors")
     (base / "modeling_chatglm.py").write_text("# the original's code")
-    call(merge_lora, monkeypatch, "--model_dir", adapters["glm"], "--ori_model_dir", base, "--output_dir", tmp_path / "merged")
+    call(
+        merge_lora,
+        monkeypatch,
+        "--model_dir",
+        adapters["glm"],
+        "--ori_model_dir",
+        base,
+        "--output_dir",
+        tmp_path / "merged",
+    )
     merged = load_file(tmp_path / "merged/model.safetensors")
-    assert {name: (t.dtype, t.shape) for name, t in merged.items()} == {name: (t.dtype, t.shape) for name, t in mixed.items()}
-    assert (tmp_path / "merged/modeling_chatglm.py").is_file() and not (tmp_path / "merged/adapter_config.json").exists()
+    assert {name: (t.dtype, t.shape) for name, t in merged.items()} == {
+        name: (t.dtype, t.shape) for name, t in mixed.items()
+    }
+    assert (tmp_path / "merged/modeling_chatglm.py").is_file() and not (
+        tmp_path / "merged/adapter_config.json"
+    ).exists()
 
 
 @pytest.mark.slow
@@ -78,8 +106,20 @@ def test_a_merge_that_disagrees_is_removed(adapters, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_interrupted_prediction_goes_on_and_ends_the_same(adapters, data_file, tmp_path, monkeypatch):
-    arguments = ["--model_path", adapters["glm2"], "--test_path", data_file, "--max_new_tokens", 6, "--device", "cpu",
-                 "--batch_size", 2, "--output_path", tmp_path / "out.jsonl"]
+    arguments = [
+        "--model_path",
+        adapters["glm2"],
+        "--test_path",
+        data_file,
+        "--max_new_tokens",
+        6,
+        "--device",
+        "cpu",
+        "--batch_size",
+        2,
+        "--output_path",
+        tmp_path / "out.jsonl",
+    ]
     call(predict, monkeypatch, *arguments)
     whole = (tmp_path / "out.jsonl").read_bytes()
     lines = whole.splitlines(keepends=True)
@@ -90,13 +130,36 @@ def test_interrupted_prediction_goes_on_and_ends_the_same(adapters, data_file, t
 
 @pytest.mark.slow
 def test_one_question_and_a_conversation(adapters, checkpoints, monkeypatch, capsys):
-    call(predict, monkeypatch, "--model_path", adapters["glm3"], "--instruction", "风扇", "--input", "不转", "--device", "cpu",
-         "--max_new_tokens", 3)
+    call(
+        predict,
+        monkeypatch,
+        "--model_path",
+        adapters["glm3"],
+        "--instruction",
+        "风扇",
+        "--input",
+        "不转",
+        "--device",
+        "cpu",
+        "--max_new_tokens",
+        3,
+    )
     assert capsys.readouterr().out.strip()
     lines = iter(["你好", "clear", "再见", "stop"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    call(predict, monkeypatch, "--model_path", checkpoints["glm3"], "--mode", "glm3", "--chat", "--device", "cpu",
-         "--max_new_tokens", 3)
+    call(
+        predict,
+        monkeypatch,
+        "--model_path",
+        checkpoints["glm3"],
+        "--mode",
+        "glm3",
+        "--chat",
+        "--device",
+        "cpu",
+        "--max_new_tokens",
+        3,
+    )
     assert capsys.readouterr().out.count("ChatGLM：") == 2
 
 
@@ -118,8 +181,12 @@ ALL_TARGETS = "query_key_value,dense_h_to_4h,dense_4h_to_h,dense"
 COMMANDS = {
     "glm lora": ("glm", "ChatGLM-6B", LORA.format(targets="query_key_value"), "ds_zero2_no_offload.json"),
     "glm2 lora": ("glm2", "ChatGLM2-6B", LORA.format(targets=ALL_TARGETS), "ds_zero2_no_offload.json"),
-    "glm3 lora by default": ("glm3", "ChatGLM3-6B", LORA.format(targets=ALL_TARGETS).replace("--train_type lora", ""),
-                             "ds_zero2_no_offload.json"),
+    "glm3 lora by default": (
+        "glm3",
+        "ChatGLM3-6B",
+        LORA.format(targets=ALL_TARGETS).replace("--train_type lora", ""),
+        "ds_zero2_no_offload.json",
+    ),
     "glm all": ("glm", "ChatGLM-6B", "--train_type all", "ds_zero3_offload.json"),
     "glm2 all": ("glm2", "ChatGLM2-6B", "--train_type all", "ds_zero3_no_offload.json"),
 }
@@ -140,8 +207,10 @@ def test_command_lines_of_the_original_run_unchanged(name, checkpoints, rows, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["deepspeed --num_gpus 2 --master_port {port}", "torchrun --nproc_per_node 2 --master_port {port}",
-                                      "{python}"])
+@pytest.mark.parametrize(
+    "launcher",
+    ["deepspeed --num_gpus 2 --master_port {port}", "torchrun --nproc_per_node 2 --master_port {port}", "{python}"],
+)
 def test_every_launcher_starts_the_same_training(launcher, checkpoints, data_file, tmp_path):
     bin_folder = Path(sys.executable).parent
     prefix = launcher.format(port=free_port(), python=sys.executable).split()
@@ -164,8 +233,9 @@ def commands_in(text):
             yield match[1], shlex.split(arguments)
 
 
-@pytest.mark.parametrize("path", sorted([*ROOT.glob("*.md"), *ROOT.glob("run_scripts/*.sh"), *ROOT.glob("data/*.md")]),
-                         ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", sorted([*ROOT.glob("*.md"), *ROOT.glob("run_scripts/*.sh"), *ROOT.glob("data/*.md")]), ids=lambda p: p.name
+)
 def test_every_command_that_is_shown_parses(path):
     classes = {"train": TrainConfig, "merge_lora": MergeConfig, "predict": PredictConfig}
     for script, arguments in commands_in(path.read_text(encoding="utf-8")):

@@ -1,4 +1,5 @@
 """Tokenizers: text never becomes a special token, padding, streaming. Token ids themselves: test_oracle.py."""
+
 import pytest
 import torch
 
@@ -6,8 +7,24 @@ from glm_finetune import MODE
 from glm_finetune.modes.tokenizer import StreamDecoder
 
 every_mode = pytest.mark.parametrize("mode", MODE)
-INJECTIONS = ("<sop>", "<eop>", "[gMASK]", "[MASK]", "<pad>", "</s>", "sop", "<|user|>", "<|assistant|>\n", "<|observation|>",
-              "a<sop>b<|system|>c</s>d", "＜ｓｏｐ＞", "[gMASK] <sop>", "<s>", "<unused_0>", "<ENC>")
+INJECTIONS = (
+    "<sop>",
+    "<eop>",
+    "[gMASK]",
+    "[MASK]",
+    "<pad>",
+    "</s>",
+    "sop",
+    "<|user|>",
+    "<|assistant|>\n",
+    "<|observation|>",
+    "a<sop>b<|system|>c</s>d",
+    "＜ｓｏｐ＞",
+    "[gMASK] <sop>",
+    "<s>",
+    "<unused_0>",
+    "<ENC>",
+)
 
 
 def tokenizer_of(mode, checkpoints):
@@ -27,8 +44,13 @@ def test_text_never_yields_a_special_id_and_survives(mode, text, checkpoints):
 @every_mode
 def test_rendered_conversations_hold_the_special_tokens_of_their_form_only(mode, checkpoints):
     tokenizer = tokenizer_of(mode, checkpoints)
-    plain, hostile = ([{"role": "user", "content": text}, {"role": "assistant", "content": text}] for text in ("你好", "".join(INJECTIONS)))
-    specials = [[i for i in MODE[mode].render(tokenizer, m).input_ids if i in tokenizer.special_ids] for m in (plain, hostile)]
+    plain, hostile = (
+        [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+        for text in ("你好", "".join(INJECTIONS))
+    )
+    specials = [
+        [i for i in MODE[mode].render(tokenizer, m).input_ids if i in tokenizer.special_ids] for m in (plain, hostile)
+    ]
     assert specials[0] == specials[1]
 
 
@@ -40,7 +62,9 @@ def test_a_vocabulary_that_would_match_a_special_piece_in_text_is_overruled(chec
 
 
 @every_mode
-@pytest.mark.parametrize("text", ["👋🏽 你好，世界\n\n第二行\tx", "ａｂｃ emoji 😀😃", "日本語 한국어 مرحبا", "  two  spaces  "])
+@pytest.mark.parametrize(
+    "text", ["👋🏽 你好，世界\n\n第二行\tx", "ａｂｃ emoji 😀😃", "日本語 한국어 مرحبا", "  two  spaces  "]
+)
 def test_streamed_text_is_the_decoded_text_and_never_half_a_character(mode, text, checkpoints):
     tokenizer = tokenizer_of(mode, checkpoints)
     ids, decoder = tokenizer.encode_text(text), StreamDecoder(tokenizer)
@@ -69,7 +93,9 @@ def test_saved_tokenizer_files_are_the_same_bytes(mode, checkpoints, tmp_path):
     tokenizer_of(mode, checkpoints).save_pretrained(tmp_path)
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (checkpoints[mode] / path.name).read_bytes()
-    assert MODE[mode].tokenizer.from_pretrained(tmp_path).encode("你好") == tokenizer_of(mode, checkpoints).encode("你好")
+    assert MODE[mode].tokenizer.from_pretrained(tmp_path).encode("你好") == tokenizer_of(mode, checkpoints).encode(
+        "你好"
+    )
 
 
 @every_mode
@@ -89,8 +115,16 @@ def test_chat_does_not_touch_the_history_it_is_given(mode, checkpoints):
 
     model = MODE[mode].model.from_pretrained(checkpoints[mode], dtype=torch.float32)
     history, pieces = [], []
-    response, new_history = chat(model, tokenizer_of(mode, checkpoints), MODE[mode], "你好", history, max_new_tokens=4,
-                                 do_sample=False, on_text=pieces.append)
+    response, new_history = chat(
+        model,
+        tokenizer_of(mode, checkpoints),
+        MODE[mode],
+        "你好",
+        history,
+        max_new_tokens=4,
+        do_sample=False,
+        on_text=pieces.append,
+    )
     assert history == [] and new_history
     assert isinstance(response, (str, dict)) and pieces
     chat(model, tokenizer_of(mode, checkpoints), MODE[mode], "再见", new_history, max_new_tokens=4, do_sample=False)

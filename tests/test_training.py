@@ -1,4 +1,5 @@
 """The loop: the same numbers however a step is split, and what it leaves behind."""
+
 import json
 from pathlib import Path
 
@@ -44,9 +45,17 @@ def test_loss_and_weights_do_not_depend_on_how_a_step_is_split(mode, train_type,
     # 11 rows: the last step of an epoch has three, so that one of four slots is empty; targets differ in every slot.
     results = {}
     for name, (world_size, batch_size, accumulate) in SPLITS.items():
-        records, weights, _, _ = run(mode, train_type, checkpoints, data_file, tmp_path / name, world_size,
-                                     per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulate,
-                                     num_train_epochs=2)
+        records, weights, _, _ = run(
+            mode,
+            train_type,
+            checkpoints,
+            data_file,
+            tmp_path / name,
+            world_size,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulate,
+            num_train_epochs=2,
+        )
         results[name] = [r["loss"] for r in records], [r["grad_norm"] for r in records], weights
     losses, norms, weights = results.pop("1 rank x 4")
     assert len(losses) == 6 and losses[-1] < losses[0]
@@ -60,10 +69,11 @@ def test_loss_and_weights_do_not_depend_on_how_a_step_is_split(mode, train_type,
 @pytest.mark.parametrize("ds_file", ["ds_zero2_offload.json", "ds_zero3_no_offload.json", "ds_zero3_offload.json"])
 @pytest.mark.parametrize("train_type", ["lora", "all"])
 def test_stages_and_offloading_give_the_numbers_of_stage_2(train_type, ds_file, checkpoints, data_file, tmp_path):
-    losses, norms, weights = [], [], []
+    losses, weights = [], []
     for name, file in (("plain", "ds_zero2_no_offload.json"), ("other", ds_file)):
-        records, tensors, _, _ = run("glm2", train_type, checkpoints, data_file, tmp_path / name, 2, ds_file=file,
-                                     per_device_train_batch_size=2)
+        records, tensors, _, _ = run(
+            "glm2", train_type, checkpoints, data_file, tmp_path / name, 2, ds_file=file, per_device_train_batch_size=2
+        )
         losses.append([r["loss"] for r in records])
         weights.append(tensors)
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
@@ -90,13 +100,17 @@ def test_bf16_follows_fp32(checkpoints, data_file, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODE)
 def test_adapter_loads_in_plain_peft_and_gives_the_final_loss(mode, checkpoints, data_file, tmp_path):
-    records, _, folder, _ = run(mode, "lora", checkpoints, data_file, tmp_path / "out", num_train_epochs=2, eval_path=data_file)
+    records, _, folder, _ = run(
+        mode, "lora", checkpoints, data_file, tmp_path / "out", num_train_epochs=2, eval_path=data_file
+    )
     base = MODE[mode].model.from_pretrained(checkpoints[mode], dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(folder))
     tokenizer = MODE[mode].tokenizer.from_pretrained(folder)
     data = MODE[mode].dataset(data_file, tokenizer, max_len=128, max_src_len=64)
-    total = sum(model(input_ids=torch.tensor([r["input_ids"]]), labels=torch.tensor([r["labels"]]), num_targets=1).loss
-                for r in data)
+    total = sum(
+        model(input_ids=torch.tensor([r["input_ids"]]), labels=torch.tensor([r["labels"]]), num_targets=1).loss
+        for r in data
+    )
     assert total.item() / data.report.targets == pytest.approx(records[-1]["eval_loss"], rel=1e-4)
 
 
@@ -105,14 +119,24 @@ def test_saved_weights_are_a_checkpoint_of_the_original_layout(checkpoints, data
     _, tensors, folder, _ = run("glm", "all", checkpoints, data_file, tmp_path / "out")
     original = load_file(checkpoints["glm"] / "model.safetensors")
     assert tensors.keys() == original.keys()  # lm_head and inverse frequencies included
-    assert json.loads((folder / "config.json").read_text()) == json.loads((checkpoints["glm"] / "config.json").read_text())
+    assert json.loads((folder / "config.json").read_text()) == json.loads(
+        (checkpoints["glm"] / "config.json").read_text()
+    )
     assert (folder / "ice_text.model").read_bytes() == (checkpoints["glm"] / "ice_text.model").read_bytes()
 
 
 @pytest.mark.slow
 def test_saves_by_step_and_epoch_and_keeps_the_newest(checkpoints, data_file, tmp_path):
-    _, _, folder, printed = run("glm3", "lora", checkpoints, data_file, tmp_path / "out", num_train_epochs=2,
-                                save_model_step=2, save_total_limit=2)
+    _, _, folder, printed = run(
+        "glm3",
+        "lora",
+        checkpoints,
+        data_file,
+        tmp_path / "out",
+        num_train_epochs=2,
+        save_model_step=2,
+        save_total_limit=2,
+    )
     names = [path.name for path in checkpoints_in(tmp_path / "out")]
     assert names == ["epoch-2-step-4", "epoch-2-step-6"]  # of steps 2, 3, 4, 6
     record = json.loads((folder / "train_config.json").read_text())
@@ -128,8 +152,10 @@ def test_every_epoch_sees_every_row_once_in_an_order_of_its_own():
         sampler = StepSampler(23, 2, 2, world_size, seed=7)
         orders = []
         for epoch in range(2):
-            slots = [[sampler.micro_batches(epoch, step, rank) for rank in range(world_size)]
-                     for step in range(sampler.steps_per_epoch)]
+            slots = [
+                [sampler.micro_batches(epoch, step, rank) for rank in range(world_size)]
+                for step in range(sampler.steps_per_epoch)
+            ]
             assert all(len(own) == 2 and all(len(slot) <= 2 for slot in own) for ranks in slots for own in ranks)
             steps = [sorted(i for own in ranks for slot in own for i in slot) for ranks in slots]
             assert sorted(sum(steps, [])) == list(range(23))

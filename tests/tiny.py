@@ -4,6 +4,7 @@
 
 The two SentencePiece models are trained once a process, on the shipped data. Nothing here needs a download.
 """
+
 import functools
 import io
 import json
@@ -46,8 +47,10 @@ def vocabulary_fields(mode_name, folder):
     padded_size = -(-len(tokenizer) // 32) * 32
     if mode_name != "glm":
         return {"padded_vocab_size": padded_size}
-    ids = {name: getattr(tokenizer, name) for name in
-           ("bos_token_id", "eos_token_id", "mask_token_id", "gmask_token_id", "pad_token_id")}
+    ids = {
+        name: getattr(tokenizer, name)
+        for name in ("bos_token_id", "eos_token_id", "mask_token_id", "gmask_token_id", "pad_token_id")
+    }
     return {"vocab_size": padded_size, **ids}
 
 
@@ -66,8 +69,15 @@ def _glm2_model():
 def _glm_model():
     """The order of ChatGLM-6B: <pad> and <n> after </s>, then pieces, control pieces, blanks, bytes."""
     model = sentencepiece_model_pb2.ModelProto()
-    model.ParseFromString(_train(vocab_size=1000, normalization_rule_name="nmt_nfkc", pad_id=3,
-                                 control_symbols=[*CONTROL_PIECES], user_defined_symbols=["<n>", *BLANK_PIECES]))
+    model.ParseFromString(
+        _train(
+            vocab_size=1000,
+            normalization_rule_name="nmt_nfkc",
+            pad_id=3,
+            control_symbols=[*CONTROL_PIECES],
+            user_defined_symbols=["<n>", *BLANK_PIECES],
+        )
+    )
     group = dict.fromkeys(("<unk>", "<s>", "</s>", "<pad>", "<n>"), 0)
     group |= dict.fromkeys(CONTROL_PIECES, 2) | dict.fromkeys(BLANK_PIECES, 3)
     pieces = sorted(model.pieces, key=lambda p: 4 if p.type == p.BYTE else group.get(p.piece, 1))  # stable
@@ -82,6 +92,17 @@ def _train(**options):
     texts = [row["instruction"] + row["input"] + "\n" + row["output"] for row in rows]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", byte_fallback=True, character_coverage=1.0,
-        remove_extra_whitespaces=False, hard_vocab_limit=False, unk_id=0, bos_id=1, eos_id=2, minloglevel=2, **options)
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=1.0,
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        minloglevel=2,
+        **options,
+    )
     return model.getvalue()

@@ -5,6 +5,7 @@ The batch contract, which every model reads (B rows, T tokens, right-padded):
   target_index (N,): see `loss.target_index`; and, only where causal attention is not enough,
   segment_ids (B, T), -1 = padding, and is_prefix (B, T) bool: see `models.layers.visible`.
 """
+
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -37,10 +38,20 @@ class Report:
 class InstructionDataset(Sequence):
     """Rows of instruction / input / output, rendered by a mode. `report` counts what was cut, skipped or empty."""
 
-    def __init__(self, render, question_tail, overhead, path, tokenizer, max_len=1024, max_src_len=256, is_skip=False,
-                 progress=False):
-        """path: JSONL or a JSON array. max_len, max_src_len: tokens of a sample, of its question. is_skip: leave out rows
-        that do not fit instead of cutting them. progress: show a bar.
+    def __init__(
+        self,
+        render,
+        question_tail,
+        overhead,
+        path,
+        tokenizer,
+        max_len=1024,
+        max_src_len=256,
+        is_skip=False,
+        progress=False,
+    ):
+        """path: JSONL or a JSON array. max_len, max_src_len: tokens of a sample, of its question. is_skip: leave out
+        rows that do not fit instead of cutting them. progress: show a bar.
 
         Raises ValueError for limits that leave no room, a bad line (file, line, field), or no row left.
         """
@@ -50,8 +61,10 @@ class InstructionDataset(Sequence):
             messages = instruction_messages(row, f"{path}, line {line}")
             self._add(render(tokenizer, messages, limits), is_skip, empty=not messages[-1]["content"])
         if not self.rows:
-            raise ValueError(f"{path}: no row left to train on ({self.report}). Raise --max_len and --max_src_len, or "
-                             "leave out --is_skip.")
+            raise ValueError(
+                f"{path}: no row left to train on ({self.report}). Raise --max_len and --max_src_len, or "
+                "leave out --is_skip."
+            )
 
     def _add(self, rendered, is_skip, empty):
         report = self.report
@@ -66,7 +79,9 @@ class InstructionDataset(Sequence):
         report.tokens += len(rendered.input_ids)
         report.targets += sum(label != IGNORE for label in rendered.labels)
         report.longest = max(report.longest, len(rendered.input_ids))
-        self.rows.append({"input_ids": rendered.input_ids, "labels": rendered.labels, "num_prefix": rendered.num_prefix})
+        self.rows.append(
+            {"input_ids": rendered.input_ids, "labels": rendered.labels, "num_prefix": rendered.num_prefix}
+        )
 
     def __len__(self):
         return len(self.rows)
@@ -80,10 +95,14 @@ def check_limits(max_len, max_src_len, question_tail, overhead):
     if max_src_len >= max_len:
         raise ValueError(f"--max_src_len {max_src_len} must be below --max_len {max_len}: the answer needs room too.")
     if max_src_len + overhead > max_len:
-        raise ValueError(f"--max_len {max_len} leaves no room for an answer after --max_src_len {max_src_len} and the "
-                         f"{overhead} special tokens of this mode: use --max_len {max_src_len + overhead + 1} or more.")
+        raise ValueError(
+            f"--max_len {max_len} leaves no room for an answer after --max_src_len {max_src_len} and the "
+            f"{overhead} special tokens of this mode: use --max_len {max_src_len + overhead + 1} or more."
+        )
     if max_src_len < max(1, question_tail):
-        raise ValueError(f"--max_src_len {max_src_len} is too small: the ending of a question alone is {question_tail}.")
+        raise ValueError(
+            f"--max_src_len {max_src_len} is too small: the ending of a question alone is {question_tail}."
+        )
 
 
 def collate(rows, pad_token_id, positions):
@@ -103,7 +122,12 @@ def collate(rows, pad_token_id, positions):
         segment_ids[i, :length] = 0
         is_prefix[i, : row["num_prefix"]] = True
     position_ids = torch.stack([positions(width, row["num_prefix"]) for row in rows])
-    batch = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "target_index": target_index(labels)}
+    batch = {
+        "input_ids": input_ids,
+        "labels": labels,
+        "position_ids": position_ids,
+        "target_index": target_index(labels),
+    }
     if is_prefix.any():
         batch |= {"segment_ids": segment_ids, "is_prefix": is_prefix}
     return batch

@@ -1,8 +1,9 @@
 """Files -> rows -> messages. One row format for now: instruction / input / output.
 
-    for line, row in read_rows("data/spo_0.json"):
-        messages = instruction_messages(row, where=f"data/spo_0.json, line {line}")
+for line, row in read_rows("data/spo_0.json"):
+    messages = instruction_messages(row, where=f"data/spo_0.json, line {line}")
 """
+
 import json
 import re
 from pathlib import Path
@@ -27,7 +28,9 @@ def read_rows(path):
     is_array = text.lstrip().startswith("[")
     for number, row in _array(text, path) if is_array else _lines(text, path):
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, {'entry' if is_array else 'line'} {number}: expected an object, found {row!r:.60}.")
+            raise ValueError(
+                f"{path}, {'entry' if is_array else 'line'} {number}: expected an object, found {row!r:.60}."
+            )
         yield number, row
 
 

@@ -6,6 +6,7 @@ epoch takes what is left, spread evenly; a micro-batch may then be empty, and it
     sampler = StepSampler(len(dataset), micro_batch_size=2, num_accumulate=4, world_size=2, seed=1234)
     sampler.micro_batches(epoch=0, step=0, rank=1)  # -> 4 lists of row numbers
 """
+
 import math
 
 import torch

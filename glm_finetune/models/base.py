@@ -3,6 +3,7 @@
 transformers gives `generate()`, gradient checkpointing and what peft needs. Loading is ours: transformers warns about
 names that do not fit, here they are an error, and every weight is read once, straight into the dtype asked for.
 """
+
 import inspect
 from pathlib import Path
 
@@ -38,8 +39,10 @@ class OriginalConfig(PreTrainedConfig):
         fields = weights.read_json(path)
         missing = [name for name in cls.required_fields if name not in fields]
         if missing:
-            raise ValueError(f"{path}: not a configuration of this --mode: it has no {missing}. ChatGLM-6B is "
-                             "--mode glm, ChatGLM2-6B and CodeGeeX2 are --mode glm2, ChatGLM3-6B is --mode glm3.")
+            raise ValueError(
+                f"{path}: not a configuration of this --mode: it has no {missing}. ChatGLM-6B is "
+                "--mode glm, ChatGLM2-6B and CodeGeeX2 are --mode glm2, ChatGLM3-6B is --mode glm3."
+            )
         cls._check_types(fields, path)
         config = cls(**fields)
         config.source = fields
@@ -54,8 +57,9 @@ class OriginalConfig(PreTrainedConfig):
             if not isinstance(value, kinds) or (kinds not in (bool, object) and value < 0):
                 raise ValueError(f"{path}: {name} is {value!r}, expected something like {defaults[name]!r}.")
         if fields.get("torch_dtype", "float32") not in DTYPE_NAMES.values():
-            raise ValueError(f"{path}: torch_dtype is {fields['torch_dtype']!r}, expected one of "
-                             f"{', '.join(DTYPE_NAMES.values())}.")
+            raise ValueError(
+                f"{path}: torch_dtype is {fields['torch_dtype']!r}, expected one of {', '.join(DTYPE_NAMES.values())}."
+            )
 
     def to_original(self, **changes):
         """The fields of config.json, as read, with `changes` (None removes a field)."""
@@ -91,7 +95,9 @@ class OriginalModel(PreTrainedModel, GenerationMixin):
         return model.eval()
 
     def _initialise_new(self, names, device):
-        """Give parameters that no file had torch's default values in fp32 (a new prefix encoder, as in the original)."""
+        """Give parameters that no file had torch's default values in fp32 (a new prefix encoder, as in the
+        original).
+        """
         for owner in sorted({name.rpartition(".")[0] for name in names}):
             module = self.get_submodule(owner).to_empty(device=device)
             module.float().reset_parameters()

@@ -9,6 +9,7 @@ V vocabulary, L layers.
 
     model = ChatGLMForConditionalGeneration.from_pretrained("ChatGLM-6B/", dtype=torch.bfloat16)
 """
+
 import math
 
 import torch
@@ -18,9 +19,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from glm_finetune.models.base import OriginalConfig, OriginalModel
 from glm_finetune.models.layers import (
-    LanguageModelHead, PrefixEncoder, attend, prefix_keys_values, rotary_angles, visible, with_prefix_columns)
+    LanguageModelHead,
+    PrefixEncoder,
+    attend,
+    prefix_keys_values,
+    rotary_angles,
+    visible,
+    with_prefix_columns,
+)
 
-# The original builds its layers without passing num_layers on, so the residual factor is that of 28 layers for any depth.
+# The original builds its layers without passing num_layers on, so the residual factor is that of 28 layers for any
+# depth.
 RESIDUAL_SCALE = math.sqrt(2 * 28)
 
 
@@ -30,13 +39,32 @@ class ChatGLMConfig(OriginalConfig):
     required_fields = ("inner_hidden_size", "position_encoding_2d")
     attribute_map = {"num_hidden_layers": "num_layers"}
 
-    def __init__(self, vocab_size=150528, hidden_size=4096, num_layers=28, num_attention_heads=32, inner_hidden_size=16384,
-                 layernorm_epsilon=1e-5, max_sequence_length=2048, position_encoding_2d=True, bos_token_id=150004,
-                 eos_token_id=150005, mask_token_id=150000, gmask_token_id=150001, pad_token_id=0, pre_seq_len=None,
-                 prefix_projection=False, use_cache=False, tie_word_embeddings=True, **others):
+    def __init__(
+        self,
+        vocab_size=150528,
+        hidden_size=4096,
+        num_layers=28,
+        num_attention_heads=32,
+        inner_hidden_size=16384,
+        layernorm_epsilon=1e-5,
+        max_sequence_length=2048,
+        position_encoding_2d=True,
+        bos_token_id=150004,
+        eos_token_id=150005,
+        mask_token_id=150000,
+        gmask_token_id=150001,
+        pad_token_id=0,
+        pre_seq_len=None,
+        prefix_projection=False,
+        use_cache=False,
+        tie_word_embeddings=True,
+        **others,
+    ):
         if not position_encoding_2d:
-            raise ValueError("config.json: position_encoding_2d must be true; no released ChatGLM-6B has it false, and the "
-                             "original's code for it contradicts itself between training and generation.")
+            raise ValueError(
+                "config.json: position_encoding_2d must be true; no released ChatGLM-6B has it false, and the "
+                "original's code for it contradicts itself between training and generation."
+            )
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_layers = num_layers
@@ -50,8 +78,13 @@ class ChatGLMConfig(OriginalConfig):
         self.pre_seq_len = pre_seq_len
         self.prefix_projection = prefix_projection
         self.use_cache = use_cache
-        super().__init__(bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id,
-                         tie_word_embeddings=tie_word_embeddings, **others)
+        super().__init__(
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            tie_word_embeddings=tie_word_embeddings,
+            **others,
+        )
 
     @property
     def max_positions(self):
@@ -72,8 +105,10 @@ def prefix_layout(input_ids, config, num_padding=None):
     mask_index = torch.where(gmask < input_ids.shape[1], gmask, mask)
     missing = (start == input_ids.shape[1]) | (mask_index == input_ids.shape[1])
     if missing.any():  # CPU-GPU sync; training passes positions from the collate function and never comes here
-        raise ValueError(f"row {missing.nonzero()[0].item()} of the batch has no <sop>, or neither [gMASK] nor [MASK]: "
-                         "build prompts with the tokenizer or with MODE['glm'].render.")
+        raise ValueError(
+            f"row {missing.nonzero()[0].item()} of the batch has no <sop>, or neither [gMASK] nor [MASK]: "
+            "build prompts with the tokenizer or with MODE['glm'].render."
+        )
     index = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, S)
     is_prefix = index < start[:, None]
     place = torch.where(is_prefix, (index - num_padding[:, None]).clamp_min(0), (mask_index - num_padding)[:, None])
@@ -88,7 +123,9 @@ def _first(input_ids, token_id):
 
 
 def inverse_frequencies(head_size, device=None):
-    """10000^(-2i / n) of the n = E / 2 dimensions of one position: (E / 4,) fp32, rounded to fp16 as in the original."""
+    """10000^(-2i / n) of the n = E / 2 dimensions of one position: (E / 4,) fp32, rounded to fp16 as in the
+    original.
+    """
     size = head_size // 2
     exact = 1.0 / 10000 ** (torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
     return exact.half().float()
@@ -162,7 +199,8 @@ class ChatGLMModel(nn.Module):
         if config.pre_seq_len:
             num_values = 2 * config.num_layers * config.hidden_size
             self.prefix_encoder = PrefixEncoder(
-                config.pre_seq_len, num_values, config.prefix_projection, config.hidden_size, config.hidden_size)
+                config.pre_seq_len, num_values, config.prefix_projection, config.hidden_size, config.hidden_size
+            )
             self.dropout = nn.Dropout(0.1)
 
     def forward(self, embedded, position_ids, mask, cache):
@@ -173,8 +211,14 @@ class ChatGLMModel(nn.Module):
         cos, sin = cos.to(embedded.dtype)[:, None], sin.to(embedded.dtype)[:, None]  # (B, 1, T, 2, E / 4)
         prefixes = [None] * config.num_layers
         if config.pre_seq_len:
-            prefixes = prefix_keys_values(self.prefix_encoder, embedded.shape[0], config.num_layers,
-                                          config.num_attention_heads, embedded.dtype, self.dropout)
+            prefixes = prefix_keys_values(
+                self.prefix_encoder,
+                embedded.shape[0],
+                config.num_layers,
+                config.num_attention_heads,
+                embedded.dtype,
+                self.dropout,
+            )
         hidden = embedded
         for layer, prefix in zip(self.layers, prefixes):
             hidden = layer(hidden, mask, cos, sin, prefix, cache)
@@ -201,12 +245,30 @@ class ChatGLMForConditionalGeneration(OriginalModel):
 
     def stored_buffers(self):
         inv_freq = inverse_frequencies(self.config.hidden_size // self.config.num_attention_heads).half()
-        return {f"transformer.layers.{i}.attention.rotary_emb.inv_freq": inv_freq.clone()
-                for i in range(self.config.num_layers)}
+        return {
+            f"transformer.layers.{i}.attention.rotary_emb.inv_freq": inv_freq.clone()
+            for i in range(self.config.num_layers)
+        }
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-                labels=None, use_cache=None, logits_to_keep=0, segment_ids=None, is_prefix=None, target_index=None,
-                num_targets=None, return_logits=None, output_attentions=None, output_hidden_states=None, return_dict=None):
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        segment_ids=None,
+        is_prefix=None,
+        target_index=None,
+        num_targets=None,
+        return_logits=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
+    ):
         """Next-token logits, or the loss.
 
         input_ids: (B, T) int64, or inputs_embeds: (B, T, D) with position_ids and is_prefix.
@@ -253,9 +315,19 @@ class ChatGLMForConditionalGeneration(OriginalModel):
             kwargs["attention_mask"] = (~mask[:, 0, -1].bool()).long()
         return super().generate(inputs, prompt_positions=positions, **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, past_key_values=None,
-                                      attention_mask=None, prompt_positions=None, position_ids=None, use_cache=None,
-                                      logits_to_keep=None, inputs_embeds=None, is_first_iteration=False):
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        next_sequence_length=None,
+        past_key_values=None,
+        attention_mask=None,
+        prompt_positions=None,
+        position_ids=None,
+        use_cache=None,
+        logits_to_keep=None,
+        inputs_embeds=None,
+        is_first_iteration=False,
+    ):
         """Positions and mask of the last `next_sequence_length` tokens, from the whole text so far.
 
         input_ids: (B, S). prompt_positions: (B, 2, S0) of the prompt; tokens after it continue its last column.
@@ -265,8 +337,13 @@ class ChatGLMForConditionalGeneration(OriginalModel):
         is_prefix, positions = prefix_layout(input_ids, self.config, _left_padding(attention_mask))
         if prompt_positions is not None:
             positions = continue_positions(prompt_positions, input_ids.shape[1])
-        model_inputs = {"input_ids": input_ids[:, -num_new:], "position_ids": positions[..., -num_new:],
-                        "past_key_values": past_key_values, "use_cache": use_cache, "logits_to_keep": logits_to_keep or 0}
+        model_inputs = {
+            "input_ids": input_ids[:, -num_new:],
+            "position_ids": positions[..., -num_new:],
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep or 0,
+        }
         if attention_mask is not None or num_new > 1:
             padding = None if attention_mask is None else attention_mask.long() - 1
             model_inputs["segment_ids"] = torch.zeros_like(input_ids) if padding is None else padding

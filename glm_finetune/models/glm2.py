@@ -1,13 +1,14 @@
 """ChatGLM2-6B, ChatGLM3-6B and CodeGeeX2-6B: causal attention with shared kv heads, rotary embedding on half a head.
 
-Parameter names and config fields are the originals'. Numbers equal the originals' in fp32 (tests/test_oracle.py); in 16 bit
-the rotary angles are computed in fp32, where ChatGLM2's own tables are useless beyond some dozens of tokens.
+Parameter names and config fields are the originals'. Numbers equal the originals' in fp32 (tests/test_oracle.py); in
+16 bit the rotary angles are computed in fp32, where ChatGLM2's own tables are useless beyond some dozens of tokens.
 
 Dimension letters: B batch, T query tokens, S key tokens, P prefix tokens, D hidden, H query heads, K kv heads, E head
 size (kv_channels), F feed-forward size, V vocabulary, L layers.
 
     model = ChatGLM2ForConditionalGeneration.from_pretrained("ChatGLM3-6B/", dtype=torch.bfloat16)
 """
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,7 +16,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from glm_finetune.models.base import OriginalConfig, OriginalModel, new_dropout
 from glm_finetune.models.layers import (
-    LanguageModelHead, PrefixEncoder, attend, prefix_keys_values, rotary_angles, visible, with_prefix_columns)
+    LanguageModelHead,
+    PrefixEncoder,
+    attend,
+    prefix_keys_values,
+    rotary_angles,
+    visible,
+    with_prefix_columns,
+)
 
 
 class ChatGLM2Config(OriginalConfig):
@@ -24,11 +32,30 @@ class ChatGLM2Config(OriginalConfig):
     required_fields = ("padded_vocab_size", "kv_channels", "multi_query_attention")
     attribute_map = {"num_hidden_layers": "num_layers", "vocab_size": "padded_vocab_size"}
 
-    def __init__(self, num_layers=28, padded_vocab_size=65024, hidden_size=4096, ffn_hidden_size=13696, kv_channels=128,
-                 num_attention_heads=32, seq_length=2048, hidden_dropout=0.0, layernorm_epsilon=1e-5, rmsnorm=True,
-                 apply_residual_connection_post_layernorm=False, post_layer_norm=True, add_bias_linear=False,
-                 add_qkv_bias=False, multi_query_attention=False, multi_query_group_num=1, pre_seq_len=None,
-                 prefix_projection=False, use_cache=True, tie_word_embeddings=False, **others):
+    def __init__(
+        self,
+        num_layers=28,
+        padded_vocab_size=65024,
+        hidden_size=4096,
+        ffn_hidden_size=13696,
+        kv_channels=128,
+        num_attention_heads=32,
+        seq_length=2048,
+        hidden_dropout=0.0,
+        layernorm_epsilon=1e-5,
+        rmsnorm=True,
+        apply_residual_connection_post_layernorm=False,
+        post_layer_norm=True,
+        add_bias_linear=False,
+        add_qkv_bias=False,
+        multi_query_attention=False,
+        multi_query_group_num=1,
+        pre_seq_len=None,
+        prefix_projection=False,
+        use_cache=True,
+        tie_word_embeddings=False,
+        **others,
+    ):
         self.num_layers = num_layers
         self.padded_vocab_size = padded_vocab_size
         self.hidden_size = hidden_size
@@ -102,7 +129,9 @@ class SelfAttention(nn.Module):
         self.interleaved = not config.multi_query_attention  # q|k|v head by head, as in ChatGLM-6B
         size = self.head_size * self.num_heads
         qkv_size = size + 2 * self.head_size * self.num_kv_heads
-        self.query_key_value = nn.Linear(config.hidden_size, qkv_size, bias=config.add_bias_linear or config.add_qkv_bias)
+        self.query_key_value = nn.Linear(
+            config.hidden_size, qkv_size, bias=config.add_bias_linear or config.add_qkv_bias
+        )
         self.dense = nn.Linear(size, config.hidden_size, bias=config.add_bias_linear)
 
     def split(self, qkv):
@@ -148,7 +177,10 @@ class GLMBlock(GradientCheckpointingLayer):
         self.dropout = new_dropout(config.hidden_dropout)
 
     def forward(self, hidden, mask, cos, sin, prefix=None, cache=None):
-        """hidden: (B, T, D) -> (B, T, D). cos, sin: (B, 1, T, E / 4). prefix: this layer's (key, value), (B, K, P, E)."""
+        """hidden: (B, T, D) -> (B, T, D). cos, sin: (B, 1, T, E / 4).
+
+        prefix: this layer's (key, value), (B, K, P, E).
+        """
         normed = self.input_layernorm(hidden)
         residual = normed if self.norm_is_residual else hidden
         hidden = residual + self.dropout(self.self_attention(normed, mask, cos, sin, prefix, cache))
@@ -183,18 +215,27 @@ class ChatGLMModel(nn.Module):
         if config.pre_seq_len:
             num_values = 2 * config.num_layers * config.kv_channels * config.num_kv_heads
             self.prefix_encoder = PrefixEncoder(
-                config.pre_seq_len, num_values, config.prefix_projection, num_values, config.hidden_size)
+                config.pre_seq_len, num_values, config.prefix_projection, num_values, config.hidden_size
+            )
             self.dropout = nn.Dropout(0.1)
 
     def forward(self, embedded, position_ids, mask, cache):
         """embedded: (B, T, D); position_ids: (B, T); mask: see `attend`. Returns the hidden states of every layer."""
         config = self.config
-        cos, sin = rotary_angles(position_ids, inverse_frequencies(config.kv_channels, embedded.device))  # (B, T, E / 4)
+        cos, sin = rotary_angles(
+            position_ids, inverse_frequencies(config.kv_channels, embedded.device)
+        )  # (B, T, E / 4)
         cos, sin = cos.to(embedded.dtype)[:, None], sin.to(embedded.dtype)[:, None]  # (B, 1, T, E / 4)
         prefixes = [None] * config.num_layers
         if config.pre_seq_len:
-            prefixes = prefix_keys_values(self.prefix_encoder, embedded.shape[0], config.num_layers, config.num_kv_heads,
-                                          embedded.dtype, self.dropout)
+            prefixes = prefix_keys_values(
+                self.prefix_encoder,
+                embedded.shape[0],
+                config.num_layers,
+                config.num_kv_heads,
+                embedded.dtype,
+                self.dropout,
+            )
         hidden = embedded
         for layer, prefix in zip(self.encoder.layers, prefixes):
             hidden = layer(hidden, mask, cos, sin, prefix, cache)
@@ -216,9 +257,25 @@ class ChatGLM2ForConditionalGeneration(OriginalModel):
         dtype = self.get_input_embeddings().weight.dtype
         return {"transformer.rotary_pos_emb.inv_freq": inverse_frequencies(self.config.kv_channels).to(dtype)}
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-                labels=None, use_cache=None, logits_to_keep=0, segment_ids=None, is_prefix=None, target_index=None,
-                num_targets=None, return_logits=None, output_attentions=None, output_hidden_states=None, return_dict=None):
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        segment_ids=None,
+        is_prefix=None,
+        target_index=None,
+        num_targets=None,
+        return_logits=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
+    ):
         """Next-token logits, or the loss.
 
         input_ids: (B, T) int64, or inputs_embeds: (B, T, D). attention_mask: (B, S) 1 = token, 0 = padding.

@@ -1,9 +1,11 @@
-"""What ChatGLM-6B and ChatGLM2/3-6B have in common: attention, the mask rule, rotary tables, the prefix encoder, the head.
+"""What ChatGLM-6B and ChatGLM2/3-6B have in common: attention, the mask rule, rotary tables, the prefix encoder, the
+head.
 
 Not here: anything that knows a flag, a tokenizer or DeepSpeed.
-Dimension letters: B batch, T query tokens, S key tokens, P prefix tokens, D hidden, H query heads, K kv heads, E head size,
-V vocabulary, L layers.
+Dimension letters: B batch, T query tokens, S key tokens, P prefix tokens, D hidden, H query heads, K kv heads, E head
+size, V vocabulary, L layers.
 """
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -29,7 +31,10 @@ def visible(segment_ids, is_prefix, num_queries):
 
 
 def with_prefix_columns(mask, num_queries, num_prefix):
-    """Put `num_prefix` columns that everyone sees in front of a mask. mask: (B, 1, T, S) bool, or None = plain causal."""
+    """Put `num_prefix` columns that everyone sees in front of a mask.
+
+    mask: (B, 1, T, S) bool, or None = plain causal.
+    """
     if num_prefix == 0:
         return mask
     if mask is None:  # a lazy causal mask aligned at the lower right: flash attention takes it without building T x T
@@ -41,7 +46,8 @@ def attend(query, key, value, mask):
     """Scaled dot-product attention, scale 1 / sqrt(E).
 
     query: (B, H, T, E); key, value: (B, K, S, E), each kv head serving H / K consecutive query heads.
-    mask: (B, 1, T, S) bool, True = visible; None = causal when T == S (no T x T tensor is built), everything when T < S.
+    mask: (B, 1, T, S) bool, True = visible; None = causal when T == S (no T x T tensor is built), everything when T <
+    S.
     Returns (B, T, H * E).
     """
     num_groups = query.shape[1] // key.shape[1]
@@ -57,7 +63,10 @@ def attend(query, key, value, mask):
 
 
 def rotary_angles(position_ids, inv_freq):
-    """position_ids: (..., T) int64; inv_freq: (n,) fp32. Returns cos, sin (..., T, n) fp32, whatever the model's dtype."""
+    """position_ids: (..., T) int64; inv_freq: (n,) fp32.
+
+    Returns cos, sin (..., T, n) fp32, whatever the model's dtype.
+    """
     with torch.autocast(device_type=position_ids.device.type, enabled=False):
         angles = position_ids.float()[..., None] * inv_freq
         return angles.cos(), angles.sin()

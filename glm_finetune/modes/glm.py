@@ -1,8 +1,10 @@
 """ChatGLM-6B: prompt, positions, stop tokens.
 
-A sample is `question [gMASK] <sop> answer <eop>`; everything before <sop> is the bidirectional prefix. <sop> itself is a
+A sample is `question [gMASK] <sop> answer <eop>`; everything before <sop> is the bidirectional prefix. <sop> itself
+is a
 target (predicted from [gMASK]), as in the original.
 """
+
 import re
 from functools import partial
 
@@ -49,7 +51,9 @@ def render(tokenizer, messages, limits=None, template="train"):
 
 
 def positions(num_tokens, num_prefix):
-    """(2, T) int64: the place in the prefix, frozen at [gMASK] (its last token) from <sop> on; the place after <sop>."""
+    """(2, T) int64: the place in the prefix, frozen at [gMASK] (its last token) from <sop> on; the place after
+    <sop>.
+    """
     index = torch.arange(num_tokens)
     return torch.stack((index.clamp_max(num_prefix - 1), (index - num_prefix + 1).clamp_min(0)))
 
@@ -76,7 +80,17 @@ GLM = Mode(
     stop_token_ids=lambda tokenizer: [tokenizer.eos_token_id],
     lora_targets=("query_key_value",),
     other_names=r"chatglm[23]|codegeex2",
-    tiny_config=dict(hidden_size=32, inner_hidden_size=64, num_layers=2, num_attention_heads=2, layernorm_epsilon=1e-5,
-                     max_sequence_length=256, position_encoding_2d=True, model_type="chatglm", use_cache=True,
-                     torch_dtype="float32", architectures=["ChatGLMModel"]),
+    tiny_config=dict(
+        hidden_size=32,
+        inner_hidden_size=64,
+        num_layers=2,
+        num_attention_heads=2,
+        layernorm_epsilon=1e-5,
+        max_sequence_length=256,
+        position_encoding_2d=True,
+        model_type="chatglm",
+        use_cache=True,
+        torch_dtype="float32",
+        architectures=["ChatGLMModel"],
+    ),
 )

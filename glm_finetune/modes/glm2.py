@@ -2,6 +2,7 @@
 
 A sample is `[gMASK] sop question answer </s>`, causal throughout; the targets are the answer and </s>.
 """
+
 from functools import partial
 
 import torch
@@ -14,12 +15,35 @@ from glm_finetune.modes.tokenizer import ChatGLM2Tokenizer
 QUESTION_TAIL = 4  # the tokens of "\n\n答：" that the original keeps when it cuts a question
 OVERHEAD = 3  # [gMASK] sop </s>
 TINY_CONFIG = dict(
-    hidden_size=32, num_layers=2, num_attention_heads=4, kv_channels=8, multi_query_attention=True, multi_query_group_num=2,
-    ffn_hidden_size=48, seq_length=256, layernorm_epsilon=1e-5, rmsnorm=True, post_layer_norm=True, add_qkv_bias=True,
-    add_bias_linear=False, apply_residual_connection_post_layernorm=False, original_rope=True, tie_word_embeddings=False,
-    attention_dropout=0.0, hidden_dropout=0.0, apply_query_key_layer_scaling=True, attention_softmax_in_fp32=True,
-    bias_dropout_fusion=True, fp32_residual_connection=False, model_type="chatglm", use_cache=True, torch_dtype="float32",
-    eos_token_id=2, pad_token_id=0, architectures=["ChatGLMModel"])
+    hidden_size=32,
+    num_layers=2,
+    num_attention_heads=4,
+    kv_channels=8,
+    multi_query_attention=True,
+    multi_query_group_num=2,
+    ffn_hidden_size=48,
+    seq_length=256,
+    layernorm_epsilon=1e-5,
+    rmsnorm=True,
+    post_layer_norm=True,
+    add_qkv_bias=True,
+    add_bias_linear=False,
+    apply_residual_connection_post_layernorm=False,
+    original_rope=True,
+    tie_word_embeddings=False,
+    attention_dropout=0.0,
+    hidden_dropout=0.0,
+    apply_query_key_layer_scaling=True,
+    attention_softmax_in_fp32=True,
+    bias_dropout_fusion=True,
+    fp32_residual_connection=False,
+    model_type="chatglm",
+    use_cache=True,
+    torch_dtype="float32",
+    eos_token_id=2,
+    pad_token_id=0,
+    architectures=["ChatGLMModel"],
+)
 
 
 def prompt(history, question, template="train"):

@@ -1,8 +1,9 @@
 """ChatGLM3-6B: messages with roles, tools, stop tokens.
 
-A sample is `[gMASK] sop <|user|> \\n question <|assistant|> \\n answer </s>`, causal throughout. <|assistant|> and the line
-break after it are targets, as in ChatGLM-Finetuning.
+A sample is `[gMASK] sop <|user|> \\n question <|assistant|> \\n answer </s>`, causal throughout. <|assistant|> and
+the line break after it are targets, as in ChatGLM-Finetuning.
 """
+
 import ast
 import json
 from functools import partial
@@ -25,8 +26,11 @@ def message_ids(tokenizer, message):
         raise ValueError(f"role {message['role']!r}: ChatGLM3 knows {', '.join(ROLES)}.")
     if message["role"] == "system" and "tools" in message:
         content = content + "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
-    return [tokenizer.get_command(f"<|{message['role']}|>"),
-            *tokenizer.encode_text(message.get("metadata", "") + "\n"), *tokenizer.encode_text(content)]
+    return [
+        tokenizer.get_command(f"<|{message['role']}|>"),
+        *tokenizer.encode_text(message.get("metadata", "") + "\n"),
+        *tokenizer.encode_text(content),
+    ]
 
 
 def render(tokenizer, messages, limits=None, template="train"):
@@ -80,7 +84,9 @@ def finish_turn(history, query, role, text):
 
 
 def tool_parameters(content):
-    """Keyword arguments of `tool_call(...)` inside a fenced code block; None if it is not a call with literal arguments."""
+    """Keyword arguments of `tool_call(...)` inside a fenced code block; None if it is not a call with literal
+    arguments.
+    """
     source = "\n".join(content.split("\n")[1:-1])
     try:
         call = ast.parse(source.strip(), mode="eval").body

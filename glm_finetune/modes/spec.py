@@ -1,4 +1,5 @@
 """What a mode is: the record that everything else reads instead of asking `if mode ==`."""
+
 from collections.abc import Callable
 from dataclasses import dataclass, field
 

@@ -2,12 +2,13 @@
 
 Two ways into ids, and the difference matters:
   encode_text(text)  what data and users write: never yields a special id, whatever the text looks like.
-  encode(text)       the original's encode(), token for token, its special tokens added; for ChatGLM-6B a literal "<sop>"
-                     in the text becomes the control token there, as it did in the original.
+  encode(text)       the original's encode(), token for token, its special tokens added; for ChatGLM-6B a literal
+                     "<sop>" in the text becomes the control token there, as it did in the original.
 
     tokenizer = MODE["glm3"].tokenizer.from_pretrained("ChatGLM3-6B/")
     tokenizer.decode(tokenizer.encode_text("你好"))
 """
+
 import re
 import shutil
 from pathlib import Path
@@ -18,8 +19,18 @@ import torch
 from glm_finetune.weights import read_json
 
 # transformers' clean_up_tokenization, the default of the original ChatGLM-6B and ChatGLM2-6B tokenizers
-CLEAN_UP = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"),
-            (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))
+CLEAN_UP = (
+    (" .", "."),
+    (" ?", "?"),
+    (" !", "!"),
+    (" ,", ","),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+    (" 's", "'s"),
+    (" 've", "'ve"),
+    (" 're", "'re"),
+)
 
 
 class Tokenizer:
@@ -38,8 +49,10 @@ class Tokenizer:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
             found = sorted(p.name for p in Path(folder).iterdir()) if Path(folder).is_dir() else "no such folder"
-            raise ValueError(f"{path}: not a readable SentencePiece model ({str(error).splitlines()[0]}). "
-                             f"Found in the folder: {found}.") from None
+            raise ValueError(
+                f"{path}: not a readable SentencePiece model ({str(error).splitlines()[0]}). "
+                f"Found in the folder: {found}."
+            ) from None
         self.folder = Path(folder)
         self.padding_side = fields.get("padding_side", "left")
         self.clean_up = fields.get("clean_up_tokenization_spaces", self.clean_up_default)
@@ -47,7 +60,10 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder):
-        """Read the tokenizer files of a checkpoint folder. Raises ValueError naming the file that is missing or wrong."""
+        """Read the tokenizer files of a checkpoint folder.
+
+        Raises ValueError naming the file that is missing or wrong.
+        """
         config = Path(folder) / "tokenizer_config.json"
         return cls(folder, read_json(config) if config.is_file() else {})
 
@@ -77,7 +93,10 @@ class Tokenizer:
         return [i for i in characters if i not in self.special_ids]
 
     def encode(self, text, pair=None, add_special_tokens=True, max_length=None, truncation=False):
-        """The original's encode(): ids of `text` (and `pair`) with its special tokens. `truncation` cuts the end of text."""
+        """The original's encode(): ids of `text` (and `pair`) with its special tokens.
+
+        `truncation` cuts the end of text.
+        """
         ids = [self.convert_tokens_to_ids(token) for token in self.tokenize(text)]
         pair_ids = None if pair is None else [self.convert_tokens_to_ids(token) for token in self.tokenize(pair)]
         if truncation and max_length is not None:
@@ -101,9 +120,18 @@ class Tokenizer:
                 text = text.replace(old, new)
         return text
 
-    def __call__(self, texts, padding=False, max_length=None, truncation=False, pad_to_multiple_of=None,
-                 return_tensors=None, padding_side=None):
-        """The original's tokenizer(texts): ids with special tokens, and mask and positions where the original gives them.
+    def __call__(
+        self,
+        texts,
+        padding=False,
+        max_length=None,
+        truncation=False,
+        pad_to_multiple_of=None,
+        return_tensors=None,
+        padding_side=None,
+    ):
+        """The original's tokenizer(texts): ids with special tokens, and mask and positions where the original gives
+        them.
 
         texts: str or list of str. padding: False, True ("longest") or "max_length". return_tensors: None or "pt".
         """
@@ -133,8 +161,19 @@ class ChatGLMTokenizer(Tokenizer):
 
     model_file = "ice_text.model"
     max_blank_length = 80
-    control_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>", "<pad>",
-                      "<s>", "</s>")
+    control_tokens = (
+        "[MASK]",
+        "[gMASK]",
+        "[sMASK]",
+        "<unused_0>",
+        "<sop>",
+        "<eop>",
+        "<ENC>",
+        "<dBLOCK>",
+        "<pad>",
+        "<s>",
+        "</s>",
+    )
 
     def __init__(self, folder, fields):
         super().__init__(folder, fields)
@@ -145,12 +184,20 @@ class ChatGLMTokenizer(Tokenizer):
         self.pad_token_id = self._special("<pad>")
         ids = (self.convert_tokens_to_ids(token) for token in self.control_tokens)
         self.special_ids = frozenset(i for i in ids if i != self.num_image_tokens + self.sp.unk_id())
-        self.text_specials = ("<sop>", "<eop>", "<unk>", "<pad>", "[MASK]")  # what the original's encode() finds in text
+        self.text_specials = (
+            "<sop>",
+            "<eop>",
+            "<unk>",
+            "<pad>",
+            "[MASK]",
+        )  # what the original's encode() finds in text
         self.skipped_ids = frozenset(self.convert_tokens_to_ids(token) for token in self.text_specials)
 
     def _special(self, token):
         if self.sp.piece_to_id(token) == self.sp.unk_id():
-            raise ValueError(f"{self.folder / self.model_file}: has no piece {token}; this is not ChatGLM-6B's vocabulary.")
+            raise ValueError(
+                f"{self.folder / self.model_file}: has no piece {token}; this is not ChatGLM-6B's vocabulary."
+            )
         return self.convert_tokens_to_ids(token)
 
     def special_names(self):
@@ -228,7 +275,9 @@ class ChatGLMTokenizer(Tokenizer):
 
 
 class ChatGLM2Tokenizer(Tokenizer):
-    """ChatGLM2-6B and CodeGeeX2: `tokenizer.model`, special tokens behind its vocabulary; [gMASK] sop precede the text."""
+    """ChatGLM2-6B and CodeGeeX2: `tokenizer.model`, special tokens behind its vocabulary; [gMASK] sop precede the
+    text.
+    """
 
     model_file = "tokenizer.model"
     special_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")

@@ -1,8 +1,9 @@
 """The registry of train types: what of the model learns. A new one is a file here and a line below.
 
-Dtype policy, the same for all: weights are held in the compute dtype (--precision); for every weight that learns, DeepSpeed
-keeps an fp32 master copy and fp32 moments in the optimizer.
+Dtype policy, the same for all: weights are held in the compute dtype (--precision); for every weight that learns,
+DeepSpeed keeps an fp32 master copy and fp32 moments in the optimizer.
 """
+
 from collections.abc import Callable
 from dataclasses import dataclass
 

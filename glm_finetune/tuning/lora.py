@@ -1,4 +1,6 @@
 """LoRA through peft: inject, save what was trained, load it again."""
+
+import warnings
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -16,21 +18,34 @@ def add_lora(model, rank, alpha, dropout, targets, base_path):
     Raises ValueError with the names that exist when a target matches nothing.
     """
     check_targets(model, targets)
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), bias="none",
-                        task_type="CAUSAL_LM", base_model_name_or_path=str(base_path))
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(targets),
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(base_path),
+    )
     model.name_or_path = str(base_path)
-    return get_peft_model(model, config)
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # peft uses names that transformers renames
+        return get_peft_model(model, config)
 
 
 def check_targets(model, targets):
     """Raise ValueError naming the targets that no layer with a matrix has, and the names that exist."""
-    matrices = [name.removesuffix(".weight") for name, weight in model.named_parameters(remove_duplicate=False)
-                if name.endswith(".weight") and len(full_shape(weight)) == 2]
+    matrices = [
+        name.removesuffix(".weight")
+        for name, weight in model.named_parameters(remove_duplicate=False)
+        if name.endswith(".weight") and len(full_shape(weight)) == 2
+    ]
     linear = sorted({name.rpartition(".")[2] for name in matrices})
     unmatched = [t for t in targets if not any(name == t or name.endswith("." + t) for name in matrices)]
     if unmatched:
-        raise ValueError(f"--lora_module_name: no layer is called {', '.join(unmatched)}. Layers that take LoRA: "
-                         f"{', '.join(linear)}.")
+        raise ValueError(
+            f"--lora_module_name: no layer is called {', '.join(unmatched)}. Layers that take LoRA: "
+            f"{', '.join(linear)}."
+        )
 
 
 def load_adapter(model, folder):
@@ -42,15 +57,18 @@ def load_adapter(model, folder):
     _check_adapter_config(Path(folder) / "adapter_config.json")
     names = {name for name, _ in iter_file(_adapter_file(folder))}
     try:
-        model = PeftModel.from_pretrained(model, str(folder)).eval()
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            model = PeftModel.from_pretrained(model, str(folder)).eval()
     except (RuntimeError, ValueError, TypeError) as error:
         raise ValueError(f"{folder}: the adapter does not fit the base model: {str(error)[:400]}") from error
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     missing = sorted(expected - names)
     unexpected = sorted(name for name in names - expected if not name.endswith("base_layer.weight"))
     if missing or unexpected:
-        raise ValueError(f"{folder}: the adapter does not fit the base model: {len(missing)} tensors missing "
-                         f"{missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}. Is it of another base?")
+        raise ValueError(
+            f"{folder}: the adapter does not fit the base model: {len(missing)} tensors missing "
+            f"{missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}. Is it of another base?"
+        )
     return model
 
 

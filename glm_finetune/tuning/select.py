@@ -15,8 +15,10 @@ def train_named(model, parts):
     unmatched = [part for part in parts if not any(part in name for name in names)]
     if unmatched:
         shown = sorted({".".join(name.split(".")[:-2]) for name in names})
-        raise ValueError(f"--freeze_module_name: no parameter name contains {' or '.join(map(repr, unmatched))}. "
-                         f"Names begin with: {', '.join(shown[:12])}, ...")
+        raise ValueError(
+            f"--freeze_module_name: no parameter name contains {' or '.join(map(repr, unmatched))}. "
+            f"Names begin with: {', '.join(shown[:12])}, ..."
+        )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(part in name for part in parts))
     return model
