@@ -17,20 +17,20 @@ from functools import partial
 
 import torch
 
-from glm_finetune import build, checkpoint, dist, engine
+from glm_finetune import build, checkpoint, dist, engine, state
 from glm_finetune.config import TrainConfig, parse
 from glm_finetune.data.dataset import collate, without_targets
-from glm_finetune.data.sampler import StepSampler
+from glm_finetune.data.sampler import Progress, StepSampler
 from glm_finetune.ds_config import precision_of, read_ds_file, resolve
 from glm_finetune.loss import IGNORE
 from glm_finetune.optim import lr_at, num_warmup_steps
 from glm_finetune.summary import start_lines
-from glm_finetune.tracker import Meter, SilentTracker, Tracker, peak_gib
+from glm_finetune.tracker import Meter, new_tracker, peak_gib
 
 
 @dataclasses.dataclass
 class Run:
-    """What the loop needs. collate(rows) -> batch; save(epoch, step) -> path."""
+    """What the loop needs. progress: where it stands; collate(rows) -> batch; save(epoch, progress) -> path."""
 
     config: TrainConfig
     engine: object
@@ -42,52 +42,45 @@ class Run:
     tracker: object
     save: object
     total_steps: int
+    progress: Progress
 
 
 def train(run):
-    """The training loop: every optimizer step of every epoch."""
-    config, step, meter = run.config, 0, Meter(run.device)
+    """The training loop: optimizer steps from where the run stands to its end."""
+    config, progress, meter = run.config, run.progress, Meter(run.device)
     warmup = num_warmup_steps(config.warmup_ratio, run.total_steps)
     run.engine.train()
-    for epoch in range(run.sampler.epochs_for(run.total_steps)):
-        for step_of_epoch in range(run.sampler.steps_per_epoch):
-            if step == run.total_steps:
-                break
-            step += 1
-            lr = lr_at(step, config.learning_rate, run.total_steps, warmup, config.lr_scheduler, config.min_lr_ratio)
-            for group in run.engine.optimizer.param_groups:
-                group["lr"] = lr
+    while progress.step < run.total_steps:
+        lr = lr_at(
+            progress.step + 1, config.learning_rate, run.total_steps, warmup, config.lr_scheduler, config.min_lr_ratio
+        )
+        for group in run.engine.optimizer.param_groups:
+            group["lr"] = lr
 
-            batches = step_batches(run, epoch, step_of_epoch)
-            num_targets = torch.tensor(
-                sum(len(b["target_index"]) for b in batches), device=run.device, dtype=torch.float32
-            )
-            num_targets = dist.sum_over_ranks(num_targets).clamp_min(
-                1
-            )  # of the whole step: all micro-batches and ranks
-            for batch in batches:
-                loss = run.engine(**to_device(batch, run.device), num_targets=num_targets, use_cache=False).loss
-                # DeepSpeed divides by the micro-batches and averages over the ranks; both are undone.
-                run.engine.backward(loss * (len(batches) * dist.world_size()))
-                run.engine.step()
-                meter.add(loss.detach() * num_targets, batch)
+        batches = step_batches(run)
+        num_targets = torch.tensor(float(sum(len(b["target_index"]) for b in batches)), device=run.device)
+        num_targets = dist.sum_over_ranks(num_targets).clamp_min(1)  # of the step: all micro-batches and ranks
+        for batch in batches:
+            loss = run.engine(**to_device(batch, run.device), num_targets=num_targets, use_cache=False).loss
+            # DeepSpeed divides by the micro-batches and averages over the ranks; both are undone.
+            run.engine.backward(loss * (len(batches) * dist.world_size()))
+            run.engine.step()
+            meter.add(loss.detach() * num_targets, batch)
 
-            run.tracker.step()
-            ends_epoch = step_of_epoch + 1 == run.sampler.steps_per_epoch or step == run.total_steps
-            if step % config.show_loss_step == 0 or step == run.total_steps:
-                epochs_done = epoch + (step_of_epoch + 1) / run.sampler.steps_per_epoch
-                log(run, step, lr, epochs_done, meter)
-            if ends_epoch or (config.save_model_step and step % config.save_model_step == 0):
-                if run.eval_rows is not None:
-                    run.tracker.log(step, eval_loss=evaluate(run))
-                run.tracker.say(f"saved {run.save(epoch + 1, step)}")
+        epoch = progress.epoch + 1
+        ends_epoch = run.sampler.advance(progress) or progress.step == run.total_steps
+        run.tracker.step()
+        if progress.step % config.show_loss_step == 0 or progress.step == run.total_steps:
+            log(run, lr, meter)
+        if ends_epoch or (config.save_model_step and progress.step % config.save_model_step == 0):
+            if run.eval_rows is not None:
+                run.tracker.log(progress.step, eval_loss=evaluate(run))
+            run.tracker.say(f"saved {run.save(epoch, progress)}")
 
 
-def step_batches(run, epoch, step_of_epoch):
-    """This rank's micro-batches of a step; an empty one becomes a row without targets, so that all ranks stay in
-    step.
-    """
-    slots = run.sampler.micro_batches(epoch, step_of_epoch, dist.rank())
+def step_batches(run):
+    """This rank's micro-batches of a step; an empty one becomes a row without targets, so that no rank waits."""
+    slots = run.sampler.micro_batches(run.progress, dist.rank())
     return [run.collate([run.rows[i] for i in slot] or [without_targets(run.rows[0])]) for slot in slots]
 
 
@@ -95,8 +88,9 @@ def to_device(batch, device):
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def log(run, step, lr, epoch, meter):
+def log(run, lr, meter):
     """One line of numbers. All ranks must call. Raises FloatingPointError for a loss that is not a number."""
+    step, epoch = run.progress.step, run.progress.epoch + run.progress.rows / len(run.rows)
     loss, tokens_per_s = meter.read()
     grad_norm = float(run.engine.get_global_grad_norm() or 0.0)
     if not loss < float("inf"):
@@ -136,7 +130,7 @@ def evaluate(run):
 def main():
     config = parse(TrainConfig, sys.argv[1:], __doc__)
     mode, train_type = build.choose(config)
-    checkpoint.check_output_dir(config.output_dir, config.overwrite_output_dir)
+    checkpoint.check_output_dir(config.output_dir, config.overwrite_output_dir or config.resume)
     engine.launch_environment()
     world_size, device = int(os.environ["WORLD_SIZE"]), dist.choose_device(config.device)
     ds_json = read_ds_file(config.ds_file)
@@ -151,36 +145,34 @@ def main():
     sampler = StepSampler(
         len(rows), config.per_device_train_batch_size, config.gradient_accumulation_steps, world_size, config.seed
     )
-    total_steps = config.max_steps or config.num_train_epochs * sampler.steps_per_epoch
+    collate_rows = partial(collate, pad_token_id=tokenizer.pad_token_id, positions=mode.positions)
 
     engine.start(device)
     engine.check(ds_config)
+    record = checkpoint.train_record(config, train_type, tokenizer, world_size)
+    resume_from = checkpoint.choose_resume(config, record)
     dist.seed_all(config.seed)
     model = build.load_base(mode, config.model_name_or_path, precision, device, config.gradient_checkpointing)
     model = train_type.apply(model, config, mode)
-    dist.print_main(
-        start_lines(config, ds_config, model, rows, eval_rows, tokenizer, sampler, total_steps, device, precision)
-    )
     ds_engine = engine.new_engine(model, ds_config, config.weight_decay)
-    checkpoint.create_output_dir(config.output_dir)  # not before: what fails until here must not cost the old results
-    dist.seed_all(config.seed + dist.rank())  # dropout differs between ranks
-    record = checkpoint.train_record(config, world_size)
-    tracker = Tracker(config.output_dir, config.logging_dir, total_steps) if dist.is_main() else SilentTracker()
-    run = Run(
-        config,
-        ds_engine,
-        sampler,
-        rows,
-        eval_rows,
-        collate=partial(collate, pad_token_id=tokenizer.pad_token_id, positions=mode.positions),
-        device=device,
-        tracker=tracker,
-        total_steps=total_steps,
-        save=lambda epoch, step: checkpoint.save(
-            ds_engine.module, tokenizer, train_type, config.output_dir, epoch, step, record, config.save_total_limit
-        ),
-    )
-    train(run)
+    progress = Progress()
+    if resume_from:
+        nothing = to_device(collate_rows([without_targets(rows[0])]), device)
+        progress = state.restore(ds_engine, resume_from / state.FOLDER, nothing, config.seed, device)
+    else:
+        checkpoint.create_output_dir(config.output_dir)  # not before: what fails must not cost the old results
+        dist.seed_all(config.seed + dist.rank())  # dropout differs between ranks
+    total_steps = config.max_steps or sampler.total_steps(progress, config.num_train_epochs)
+    settings = (config, ds_config, model, rows, eval_rows, tokenizer, sampler, total_steps, device, precision)
+    dist.print_main(start_lines(*settings), *([f"\nresumed from {resume_from}: {progress}"] if resume_from else []))
+    tracker = new_tracker(config, total_steps, progress.step)
+
+    def save(epoch, progress):
+        return checkpoint.save(
+            ds_engine, tokenizer, train_type, config.output_dir, epoch, progress, record, config.save_total_limit
+        )
+
+    train(Run(config, ds_engine, sampler, rows, eval_rows, collate_rows, device, tracker, save, total_steps, progress))
     tracker.close()
     engine.finish(ds_engine)
 

@@ -4,20 +4,23 @@ The only file that knows how ZeRO-3 gathers. A checkpoint is written under a tem
 """
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import os
 import re
 import shutil
-from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 
 from peft import get_peft_model_state_dict
 
-from glm_finetune import dist
-from glm_finetune.weights import write_json, write_tensors
+from glm_finetune import dist, state
+from glm_finetune.engine import whole
+from glm_finetune.weights import read_json, write_json, write_tensors, write_text
 
 FORMAT_VERSION = 1
 TEMPORARY = "tmp-"
+MANIFEST = "manifest.json"
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "sentencepiece")
 
 
@@ -47,12 +50,12 @@ def create_output_dir(output_dir):
 def _is_result(path):
     return (
         bool(re.fullmatch(r"epoch-\d+-step-\d+", path.name))
-        or path.name in ("metrics.jsonl", "runs")
+        or path.name in ("metrics.jsonl", "runs", "latest")
         or (path.name.startswith(TEMPORARY))
     )
 
 
-def train_record(config, world_size):
+def train_record(config, train_type, tokenizer, world_size):
     """What train_config.json holds besides epoch and step: enough to know the run and to find its base."""
     return {
         "format_version": FORMAT_VERSION,
@@ -62,6 +65,16 @@ def train_record(config, world_size):
         "base": config.model_name_or_path,
         "base_absolute": os.path.abspath(config.model_name_or_path),
         "world_size": world_size,
+        "identity": {
+            "training data": describe(Path(config.train_path))["sha256"][:16],
+            "tokenizer": describe(tokenizer.folder / tokenizer.model_file)["sha256"][:16],
+            "base": describe(Path(config.model_name_or_path) / "config.json")["sha256"][:16],
+            "max_len": config.max_len,
+            "max_src_len": config.max_src_len,
+            "is_skip": config.is_skip,
+            "seed": config.seed,
+            **{name: getattr(config, name) for name in train_type.identity},
+        },
         "flags": dataclasses.asdict(config),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
@@ -71,41 +84,35 @@ def gathered(model, trainable_only):
     """Yield (name, whole tensor on the CPU), one at a time. All ranks must call and exhaust it."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or not trainable_only:
-            with _whole(parameter):
+            with whole(parameter):
                 yield name, parameter.detach().cpu()
 
 
-def _whole(parameter):
-    """The parameter as a whole: ZeRO-3 keeps a part of it on each rank."""
-    if getattr(parameter, "ds_id", None) is None:
-        return nullcontext()
-    import deepspeed
+def save(engine, tokenizer, train_type, output_dir, epoch, progress, record, total_limit=None):
+    """Write output_dir/epoch-E-step-S/ and point `latest` to it; returns its path. All ranks must call.
 
-    return deepspeed.zero.GatheredParameters([parameter])
-
-
-def save(model, tokenizer, train_type, output_dir, epoch, step, record, total_limit=None):
-    """Write output_dir/epoch-E-step-S/ unless it is there; returns its path. All ranks must call.
-
-    model: the module inside the engine. train_type: TrainType. record: `train_record`.
+    epoch: counted from 1, of the last row. progress: where to go on. record: `train_record`.
     Raises OSError on every rank when rank 0 cannot write; earlier checkpoints stay as they are.
     """
-    target = Path(output_dir) / f"epoch-{epoch}-step-{step}"
-    exists = target.is_dir()  # before the first barrier: every rank sees the same
-    dist.barrier()
-    if exists:
+    target = Path(output_dir) / f"epoch-{epoch}-step-{progress.step}"
+    if dist.from_main(target.is_dir()):
         return target
-    tensors = gathered(model, trainable_only=train_type.saves_adapter)
-    problem = None
+    weights = gathered(engine.module, trainable_only=train_type.saves_adapter)
+    tensors, randoms, problem = state.tensors_of(engine), state.random_states(engine.device), None
     if dist.is_main():
         temporary = Path(output_dir) / (TEMPORARY + target.name)
         try:
-            _write(model, tokenizer, train_type, temporary, tensors, {**record, "epoch": epoch, "step": step})
+            shutil.rmtree(temporary, ignore_errors=True)
+            _write_model(engine.module, tokenizer, train_type, temporary, weights)
+            state.write(temporary / state.FOLDER, tensors, randoms, engine, progress)
+            write_json({**record, "epoch": epoch, "step": progress.step}, temporary / "train_config.json")
+            write_manifest(temporary)
             os.replace(temporary, target)
+            write_text(target.name, Path(output_dir) / "latest")
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             problem = f"saving {target} failed: {error}. Earlier checkpoints are untouched."
-    for _ in tensors:  # ranks that do not write take part in the gathering all the same
+    for _ in chain(weights, tensors):  # ranks that do not write take part in the gathering all the same
         pass
     dist.all_agree(problem)
     if dist.is_main() and total_limit:
@@ -114,18 +121,105 @@ def save(model, tokenizer, train_type, output_dir, epoch, step, record, total_li
     return target
 
 
-def _write(model, tokenizer, train_type, folder, tensors, record):
-    shutil.rmtree(folder, ignore_errors=True)
+def _write_model(model, tokenizer, train_type, folder, weights):
     folder.mkdir(parents=True)
     if train_type.saves_adapter:
-        adapter = get_peft_model_state_dict(model, state_dict=dict(tensors))
+        adapter = get_peft_model_state_dict(model, state_dict=dict(weights))
         write_tensors(adapter, folder / "adapter_model.safetensors")
         settings = dataclasses.replace(model.peft_config["default"], inference_mode=True)
         settings.save_pretrained(str(folder))
     else:
-        model.save_weights(folder, tensors)
+        model.save_weights(folder, weights)
     tokenizer.save_pretrained(folder)
-    write_json(record, folder / "train_config.json")
+
+
+def write_manifest(folder):
+    """manifest.json: size and SHA-256 of every file of a checkpoint, the last file to be written."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    write_json({str(path.relative_to(folder)): describe(path) for path in files}, folder / MANIFEST)
+
+
+def describe(path):
+    """Size in bytes and SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def damage(folder):
+    """What is wrong with a checkpoint, or None."""
+    if not (folder / MANIFEST).is_file():
+        return f"{folder}: no {MANIFEST}; it is not a complete checkpoint of this project."
+    for name, expected in read_json(folder / MANIFEST).items():
+        if not (folder / name).is_file():
+            return f"{folder}: {name} is missing."
+        if (folder / name).stat().st_size != expected["bytes"] or describe(folder / name) != expected:
+            return f"{folder}: {name} is damaged (its size or hash is not that of {MANIFEST})."
+    return None
+
+
+def find_resume(resume, output_dir):
+    """The checkpoint that --resume asks for, or None: "auto" takes the newest whole one in output_dir, if any.
+
+    Only rank 0 needs to call. Damaged ones are named and passed over. Raises ValueError for a path that is damaged, has
+    no state, or is of a newer format.
+    """
+    if resume != "auto":
+        problem = damage(Path(resume)) or _unfit(Path(resume))
+        if problem:
+            raise ValueError(f"--resume {resume}: {problem}")
+        return Path(resume)
+    for folder in reversed(checkpoints(output_dir)):
+        problem = damage(folder) or _unfit(folder)
+        if problem is None:
+            return folder
+        print(f"--resume auto: {problem} The one before it is taken.", flush=True)
+    return None
+
+
+def choose_resume(config, record):
+    """The folder to go on from, or None; rank 0 looks. All ranks must call.
+
+    Raises ValueError on every rank if --resume names nothing to go on from, or another run.
+    """
+    if not config.resume:
+        return None
+    folder, problem = None, None
+    if dist.is_main():
+        try:
+            folder = find_resume(config.resume, config.output_dir)
+            if folder:
+                check_same_run(folder, record, config.force)
+        except ValueError as error:
+            problem = str(error)
+    folder, problem = dist.from_main((folder, problem))
+    if problem:
+        raise ValueError(problem)
+    return folder
+
+
+def _unfit(folder):
+    if not (folder / state.FOLDER / "progress.json").is_file():
+        return f"{folder}: has no {state.FOLDER}/ to go on from; give a folder epoch-E-step-S of a run."
+    version = read_json(folder / "train_config.json").get("format_version", 0)
+    return (
+        f"{folder}: format {version}, this version reads up to {FORMAT_VERSION}." if version > FORMAT_VERSION else None
+    )
+
+
+def check_same_run(folder, record, force):
+    """Raise ValueError naming what differs between a checkpoint and this run in what must not (`train_record`).
+
+    force: allow other data and another base all the same; mode and train type must be equal in any case.
+    """
+    old = read_json(Path(folder) / "train_config.json")
+    names = ["mode", "train_type"] + ([] if force else list(record["identity"]))
+    before, now = ({**r, **r.get("identity", {})} for r in (old, record))
+    different = [
+        f"{name}: {before.get(name)} there, {now[name]} here" for name in names if before.get(name) != now[name]
+    ]
+    if different:
+        hint = "" if force else " Where that is meant, add --force (not for mode and train type)."
+        raise ValueError(f"--resume {folder} is of another run: {'; '.join(different)}.{hint}")
 
 
 def checkpoints(output_dir):

@@ -33,6 +33,11 @@ class TrainConfig:
     output_dir: str = flag("folder for checkpoints, logs and TensorBoard files")
     overwrite_output_dir: bool = flag("start although output_dir holds results; they are deleted", False)
 
+    resume: str | None = flag(
+        "auto (the newest whole checkpoint in output_dir, if any) or a folder epoch-E-step-S", None
+    )
+    force: bool = flag("with --resume: go on although data, tokenizer, base or lengths differ", False)
+
     max_len: int = flag("tokens of a sample; longer answers are cut", 1024)
     max_src_len: int = flag("tokens of a question; longer ones are cut, keeping their ending", 256)
     is_skip: bool = flag("leave out samples that do not fit instead of cutting them", False)

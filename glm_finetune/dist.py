@@ -47,11 +47,26 @@ def all_agree(problem):
 
     All ranks must call.
     """
-    problems = [problem]
+    problem = from_main(problem)
+    if problem is not None:
+        raise OSError(problem)
+
+
+def gather_objects(value):
+    """The values of all ranks, in their order. All ranks must call; `value` is pickled, keep it small."""
+    values = [value]
     if world_size() > 1:
-        dist.broadcast_object_list(problems, src=0)
-    if problems[0] is not None:
-        raise OSError(problems[0])
+        values = [None] * world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value):
+    """Rank 0's value on every rank. All ranks must call."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def choose_device(wanted=None):
@@ -101,12 +116,17 @@ def seed_all(seed):
 
 
 def exit_with_message(main):
-    """Run a script's main(); the user's fault becomes one message from rank 0 and exit code 2, not a traceback."""
+    """Run a script's main(); the user's fault becomes a message and exit code 2, not a traceback.
+
+    Until the ranks have joined they all fail alike, and rank 0 speaks for them; after that each speaks for itself.
+    """
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("GLM_FINETUNE_TRACEBACK"):
             raise
+        if dist.is_initialized() and not is_main():
+            print(f"error on rank {rank()}: {error}", file=sys.stderr, flush=True)
         if is_main():
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:

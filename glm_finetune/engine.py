@@ -7,6 +7,7 @@ import copy
 import datetime
 import os
 import socket
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -74,6 +75,18 @@ def new_engine(model, ds_config, weight_decay):
     groups = parameter_groups(model, weight_decay)
     engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
     return engine
+
+
+def whole(parameter, modifier_rank=None):
+    """Context in which a parameter is whole here: ZeRO-3 keeps a part of it on each rank. All ranks must enter.
+
+    modifier_rank: changes that this rank makes reach the others.
+    """
+    if getattr(parameter, "ds_id", None) is None:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=modifier_rank)
 
 
 def finish(engine):

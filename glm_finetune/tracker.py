@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from glm_finetune import dist
+from glm_finetune.weights import write_text
 
 COLUMNS = {
     "epoch": "{:7.3f}",
@@ -27,7 +28,7 @@ class Tracker:
     def __init__(self, output_dir, logging_dir, total_steps, first_step=0):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(logging_dir or str(Path(output_dir) / "runs"))
+        self.writer = SummaryWriter(logging_dir or str(Path(output_dir) / "runs"), purge_step=first_step + 1)
         self.file = open(Path(output_dir) / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self.bar = tqdm(total=total_steps, initial=first_step, desc="train", unit=" steps", dynamic_ncols=True)
 
@@ -68,6 +69,21 @@ class SilentTracker:
 
     def close(self):
         pass
+
+
+def new_tracker(config, total_steps, first_step):
+    """The tracker of this rank. first_step: steps that an earlier run did; what it logged beyond them is dropped."""
+    if not dist.is_main():
+        return SilentTracker()
+    _forget_after(Path(config.output_dir) / "metrics.jsonl", first_step)
+    return Tracker(config.output_dir, config.logging_dir, total_steps, first_step)
+
+
+def _forget_after(path, step):
+    """Keep the lines of metrics.jsonl up to a step; a line that was half written is dropped too."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step), path)
 
 
 class Meter:

@@ -212,7 +212,11 @@ def _write_shard(shard, path):
 
 def write_json(value, path):
     """Write `value` as JSON, atomically: a reader sees the old file or the new one."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", path)
+
+
+def write_text(text, path):
+    """Write a text file, atomically."""
+    temporary = Path(path).with_name(Path(path).name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

@@ -20,7 +20,7 @@ LEVELS = (
     ("config", "dist", "optim", "loss", "weights", "metrics"),
     ("models", "tuning"),
     ("data", "modes"),
-    ("build", "checkpoint", "chat", "engine", "tracker", "ds_config", "summary"),
+    ("build", "checkpoint", "chat", "engine", "tracker", "ds_config", "state", "summary"),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
@@ -76,7 +76,7 @@ def test_models_know_no_flags_no_tokenizer_and_no_deepspeed():
 
 def test_deepspeed_is_imported_by_what_launches_or_saves_only():
     users = {p.name for p in SOURCES if any(name.split(".")[0] == "deepspeed" for name in imported(p))}
-    assert users == {"engine.py", "checkpoint.py"}
+    assert users == {"engine.py", "state.py"}
     code = "import sys, predict, merge_lora; sys.exit('deepspeed' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

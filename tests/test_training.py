@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from glm_finetune import MODE
 from glm_finetune.checkpoint import checkpoints as checkpoints_in
+from glm_finetune.data.sampler import Progress, StepSampler
 from glm_finetune.tuning import TRAIN_TYPE
 from tests.ranks import run_ranks, train_arguments, train_main
 
@@ -145,23 +146,27 @@ def test_saves_by_step_and_epoch_and_keeps_the_newest(checkpoints, data_file, tm
     assert list((tmp_path / "out/runs").glob("events*"))
 
 
-def test_every_epoch_sees_every_row_once_in_an_order_of_its_own():
-    from glm_finetune.data.sampler import StepSampler
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_epoch_sees_every_row_once_in_an_order_of_its_own(world_size):
+    sampler, progress, orders = StepSampler(23, 2, 2, world_size, seed=7), Progress(), []
+    for epoch in range(2):
+        seen, ended = [], False
+        while not ended:
+            slots = [slot for rank in range(world_size) for slot in sampler.micro_batches(progress, rank)]
+            assert len(slots) == 2 * world_size and all(len(slot) <= 2 for slot in slots)
+            seen += [row for slot in slots for row in slot]
+            ended = sampler.advance(progress)
+        assert sorted(seen) == list(range(23))
+        orders.append(sampler.order(epoch))
+    assert orders[0] != orders[1] and progress.step == 2 * sampler.steps_per_epoch
+    assert orders == [StepSampler(23, 5, 1, 1, seed=7).order(epoch) for epoch in range(2)]
 
-    for world_size in (1, 2, 3):
-        sampler = StepSampler(23, 2, 2, world_size, seed=7)
-        orders = []
-        for epoch in range(2):
-            slots = [
-                [sampler.micro_batches(epoch, step, rank) for rank in range(world_size)]
-                for step in range(sampler.steps_per_epoch)
-            ]
-            assert all(len(own) == 2 and all(len(slot) <= 2 for slot in own) for ranks in slots for own in ranks)
-            steps = [sorted(i for own in ranks for slot in own for i in slot) for ranks in slots]
-            assert sorted(sum(steps, [])) == list(range(23))
-            orders.append(sampler.order(epoch))
-        assert orders[0] != orders[1]
-        assert orders == [StepSampler(23, 5, 1, 1, seed=7).order(epoch) for epoch in range(2)]
+
+def test_the_number_of_steps_is_that_of_the_rows_left():
+    sampler = StepSampler(23, 2, 1, 2, seed=7)  # 6 steps an epoch
+    assert sampler.total_steps(Progress(), 3) == 18
+    assert sampler.total_steps(Progress(step=8, epoch=1, rows=8), 3) == 18
+    assert sampler.total_steps(Progress(step=5, epoch=1, rows=8), 3) == 15  # it began with larger steps
 
 
 def test_nothing_is_left_in_shared_memory():

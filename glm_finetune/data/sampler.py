@@ -4,12 +4,22 @@ An optimizer step takes `micro_batch_size * num_accumulate * world_size` rows of
 epoch takes what is left, spread evenly; a micro-batch may then be empty, and its rank joins with a row without targets.
 
     sampler = StepSampler(len(dataset), micro_batch_size=2, num_accumulate=4, world_size=2, seed=1234)
-    sampler.micro_batches(epoch=0, step=0, rank=1)  # -> 4 lists of row numbers
+    sampler.micro_batches(Progress(step=0, epoch=0, rows=0), rank=1)  # -> 4 lists of row numbers
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
+
+
+@dataclass
+class Progress:
+    """Where a run stands. step: optimizer steps done; epoch: of the next row, from 0; rows: done of that epoch."""
+
+    step: int = 0
+    epoch: int = 0
+    rows: int = 0
 
 
 class StepSampler:
@@ -23,9 +33,19 @@ class StepSampler:
         self._order_of = None  # the epoch whose order is cached
         self._order = None
 
-    def epochs_for(self, total_steps):
-        """Epochs that `total_steps` steps touch."""
-        return math.ceil(total_steps / self.steps_per_epoch)
+    def total_steps(self, progress, num_epochs):
+        """Optimizer steps at the end of `num_epochs`, for a run that stands at `progress`."""
+        rest = math.ceil((self.num_rows - progress.rows) / self.rows_per_step)
+        return progress.step + rest + (num_epochs - progress.epoch - 1) * self.steps_per_epoch
+
+    def advance(self, progress):
+        """Count a step that is done; returns whether it ended an epoch."""
+        progress.step += 1
+        progress.rows += self.rows_per_step
+        if progress.rows < self.num_rows:
+            return False
+        progress.epoch, progress.rows = progress.epoch + 1, 0
+        return True
 
     def order(self, epoch):
         """The rows of an epoch as a list, shuffled by (seed, epoch)."""
@@ -35,9 +55,9 @@ class StepSampler:
             self._order_of, self._order = epoch, rows.tolist()
         return self._order
 
-    def micro_batches(self, epoch, step, rank):
-        """Row numbers of the `num_accumulate` micro-batches of one rank; step counts from 0 within the epoch."""
-        rows = self.order(epoch)[step * self.rows_per_step : (step + 1) * self.rows_per_step]
+    def micro_batches(self, progress, rank):
+        """Row numbers of the `num_accumulate` micro-batches of one rank in the step after `progress`."""
+        rows = self.order(progress.epoch)[progress.rows : progress.rows + self.rows_per_step]
         num_slots = self.num_accumulate * self.world_size
         bounds = [len(rows) * i // num_slots for i in range(num_slots + 1)]
         slots = [rows[start:end] for start, end in zip(bounds, bounds[1:])]

@@ -13,11 +13,15 @@ from glm_finetune.tuning.select import train_all, train_named
 
 @dataclass(frozen=True)
 class TrainType:
-    """apply(model, config, mode) -> the model with what learns set. saves_adapter: only the adapter is saved."""
+    """apply(model, config, mode) -> the model with what learns set.
+
+    saves_adapter: only the adapter is saved. identity: flags that a run cannot change when it is resumed.
+    """
 
     name: str
     apply: Callable
     saves_adapter: bool = False
+    identity: tuple = ()
 
 
 def names_in(text):
@@ -33,8 +37,12 @@ def _lora(model, config, mode):
 TRAIN_TYPE = {
     train_type.name: train_type
     for train_type in (
-        TrainType("lora", _lora, saves_adapter=True),
-        TrainType("freeze", lambda model, config, mode: train_named(model, names_in(config.freeze_module_name))),
+        TrainType("lora", _lora, saves_adapter=True, identity=("lora_dim", "lora_alpha", "lora_module_name")),
+        TrainType(
+            "freeze",
+            lambda model, config, mode: train_named(model, names_in(config.freeze_module_name)),
+            identity=("freeze_module_name",),
+        ),
         TrainType("all", lambda model, config, mode: train_all(model)),
     )
 }

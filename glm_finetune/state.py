@@ -1,0 +1,138 @@
+"""The state of a run: fp32 masters and moments by parameter name, random numbers of every rank, where the data stands.
+
+Plain safetensors and JSON, the same for every ZeRO stage and number of ranks, so that a run goes on with other ones.
+DeepSpeed's own checkpoints are pickles bound to both. Weights that do not learn are never written.
+
+    entries = tensors_of(engine)               # all ranks must call; rank 0 writes them with `write`
+    restore(engine, folder, progress, batch)   # all ranks must call
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from glm_finetune import dist
+from glm_finetune.data.sampler import Progress
+from glm_finetune.engine import whole
+from glm_finetune.weights import iter_file, iter_tensors, read_json, write_json, write_sharded, write_tensors
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+FOLDER = "state"  # inside a checkpoint
+
+
+def learning(model):
+    """(name, parameter) of what learns, in a fixed order."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def tensors_of(engine):
+    """Yield (key, fp32 tensor on the CPU): master and moments of each parameter that learns, one at a time.
+
+    All ranks must call and exhaust it. Needs one step taken: before it some stages have no moments.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    _link_moments(engine)
+    for name, parameter in learning(engine.module):
+        if engine.zero_optimization_stage() == 0:  # nothing is partitioned, the parameter is its own master
+            moments = engine.basic_optimizer.state[parameter]
+            yield f"master.{name}", parameter.detach().cpu()
+            yield from ((f"{key}.{name}", moments[key].cpu()) for key in MOMENTS)
+        else:
+            yield f"master.{name}", safe_get_full_fp32_param(parameter).cpu()
+            yield from ((f"{key}.{name}", safe_get_full_optimizer_state(parameter, key).cpu()) for key in MOMENTS)
+
+
+def _link_moments(engine):
+    """Let DeepSpeed find the moments of every parameter group at stages 1 and 2.
+
+    It links them itself, but after the first group's first step, when the other groups have none yet.
+    """
+    from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+    if engine.zero_optimization_stage() in (1, 2):
+        zero = engine.optimizer
+        for parameters, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups):
+            lazy_init_hp_params_optimizer_state(parameters, flat, engine.basic_optimizer.state)
+
+
+def random_states(device):
+    """{"cpu.R", "cuda.R": (n,) uint8} of every rank R. All ranks must call."""
+    own = {f"cpu.{dist.rank()}": torch.get_rng_state()}
+    if device.type == "cuda":
+        own[f"cuda.{dist.rank()}"] = torch.cuda.get_rng_state(device)
+    return {name: state for states in dist.gather_objects(own) for name, state in states.items()}
+
+
+def write(folder, tensors, randoms, engine, progress):
+    """Write the state of a run to `folder`, on rank 0. tensors: `tensors_of`; randoms: `random_states`."""
+    folder = Path(folder)
+    folder.mkdir()
+    write_sharded(tensors, folder)
+    write_tensors(randoms, folder / "random.safetensors")
+    updates = [int(state["step"]) for state in engine.basic_optimizer.state.values() if "step" in state]
+    record = {**asdict(progress), "updates": max(updates, default=0), "world_size": dist.world_size()}
+    if engine.fp16_enabled():
+        record["loss_scaler"] = vars(engine.optimizer.loss_scaler)
+    write_json(record, folder / "progress.json")
+
+
+def restore(engine, folder, batch, seed, device):
+    """Put the state in `folder` back; returns its Progress. All ranks must call.
+
+    batch: one without targets, on `device`; a step on it with learning rate 0 makes every stage create its moments.
+    Raises ValueError if the parameters that learn are not those of the state.
+    """
+    record = read_json(Path(folder) / "progress.json")
+    saved = dict(iter_tensors(folder))
+    names = {name for name, _ in learning(engine.module)}
+    different = names ^ {key.partition(".")[2] for key in saved}
+    if different:
+        raise ValueError(f"--resume: what learns is not what learnt there: {', '.join(sorted(different)[:4])}, ...")
+    _create_moments(engine, batch)
+    _link_moments(engine)
+    for name, parameter in learning(engine.module):
+        _set(engine, parameter, [saved.pop(f"{key}.{name}").to(device) for key in ("master", *MOMENTS)])
+    for state in engine.basic_optimizer.state.values():
+        if "step" in state:
+            state["step"].fill_(record["updates"])
+    if engine.fp16_enabled():
+        vars(engine.optimizer.loss_scaler).update(record.get("loss_scaler", {}))
+    _restore_random(Path(folder) / "random.safetensors", record, seed, device)
+    return Progress(record["step"], record["epoch"], record["rows"])
+
+
+def _create_moments(engine, batch):
+    for group in engine.optimizer.param_groups:
+        group["lr"] = 0.0
+    for _ in range(engine.gradient_accumulation_steps()):
+        engine.backward(engine(**batch, num_targets=1, use_cache=False).loss)
+        engine.step()
+
+
+def _set(engine, parameter, values):
+    """Give a parameter its master and moments, and the weight computed with, which is the master rounded."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    master, *moments = values
+    with torch.no_grad(), whole(parameter, modifier_rank=0):
+        parameter.copy_(master)
+    if engine.zero_optimization_stage() == 0:
+        for key, moment in zip(MOMENTS, moments):
+            engine.basic_optimizer.state[parameter][key].copy_(moment)
+        return
+    safe_set_full_fp32_param(parameter, master)
+    for key, moment in zip(MOMENTS, moments):
+        safe_set_full_optimizer_state(parameter, moment, key)
+
+
+def _restore_random(path, record, seed, device):
+    """This rank's random numbers go on where they were; with another number of ranks there is no such place."""
+    if record["world_size"] != dist.world_size():
+        dist.seed_all(seed + dist.rank() + 1000 * record["step"])
+        return
+    states = dict(iter_file(path))
+    torch.set_rng_state(states[f"cpu.{dist.rank()}"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[f"cuda.{dist.rank()}"], device)
