@@ -58,7 +58,7 @@ def train(run):
             group["lr"] = lr
 
         batches = step_batches(run)
-        num_targets = torch.tensor(float(sum(len(b["target_index"]) for b in batches)), device=run.device)
+        num_targets = torch.full((), float(sum(len(b["target_index"]) for b in batches)), device=run.device)
         num_targets = dist.sum_over_ranks(num_targets).clamp_min(1)  # of the step: all micro-batches and ranks
         for batch in batches:
             loss = run.engine(**to_device(batch, run.device), num_targets=num_targets, use_cache=False).loss
@@ -70,12 +70,14 @@ def train(run):
         epoch = progress.epoch + 1
         ends_epoch = run.sampler.advance(progress) or progress.step == run.total_steps
         run.tracker.step()
-        if progress.step % config.show_loss_step == 0 or progress.step == run.total_steps:
-            log(run, lr, meter)
-        if ends_epoch or (config.save_model_step and progress.step % config.save_model_step == 0):
+        saves = ends_epoch or (config.save_model_step and progress.step % config.save_model_step == 0)
+        if saves or progress.step % config.show_loss_step == 0:
+            log(run, lr, meter)  # looks at the loss: nothing is saved of a run that diverged
+        if saves:
             if run.eval_rows is not None:
                 run.tracker.log(progress.step, eval_loss=evaluate(run))
             run.tracker.say(f"saved {run.save(epoch, progress)}")
+            meter.start()
 
 
 def step_batches(run):
@@ -92,7 +94,7 @@ def log(run, lr, meter):
     """One line of numbers. All ranks must call. Raises FloatingPointError for a loss that is not a number."""
     step, epoch = run.progress.step, run.progress.epoch + run.progress.rows / len(run.rows)
     loss, tokens_per_s = meter.read()
-    grad_norm = float(run.engine.get_global_grad_norm() or 0.0)
+    grad_norm = float(run.engine.get_global_grad_norm() or 0.0)  # inf where fp16 overflowed and the step was skipped
     if not loss < float("inf"):
         raise FloatingPointError(
             f"the loss is {loss} at step {step}: lower --learning_rate, or use --precision bf16 or fp32."
@@ -130,7 +132,8 @@ def evaluate(run):
 def main():
     config = parse(TrainConfig, sys.argv[1:], __doc__)
     mode, train_type = build.choose(config)
-    checkpoint.check_output_dir(config.output_dir, config.overwrite_output_dir or config.resume)
+    inputs = () if config.resume else (config.model_name_or_path, config.train_path, config.eval_path)
+    checkpoint.check_output_dir(config.output_dir, config.overwrite_output_dir or config.resume, inputs)
     engine.launch_environment()
     world_size, device = int(os.environ["WORLD_SIZE"]), dist.choose_device(config.device)
     ds_json = read_ds_file(config.ds_file)

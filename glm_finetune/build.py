@@ -39,6 +39,11 @@ def check_base(mode, folder, max_len=0):
             f"{folder}: quantised to {config.source['quantization_bit']} bits (its config.json); give the "
             "original checkpoint in 16 bit."
         )
+    if config.source.get("rope_ratio", 1) != 1:
+        raise ValueError(
+            f"{folder}: rope_ratio is {config.source['rope_ratio']} in its config.json; models with stretched "
+            "positions (the 32k variants) are not supported."
+        )
     name = str(config.source.get("_name_or_path", ""))
     if re.search(mode.other_names, name, re.IGNORECASE):
         raise ValueError(
@@ -70,17 +75,19 @@ def load_base(mode, folder, precision, device, gradient_checkpointing=False):
     model = mode.model.from_pretrained(folder, dtype=DTYPES[precision], device=device)
     if gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        model.disable_input_require_grads()  # it would carry the backward pass below the lowest layer that learns
     return model
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a model folder is. adapter: its folder, or None. template: "train" or "official"."""
+    """What a model folder is. adapter: its folder, or None. template: "train" or "official". is_bare: not made here."""
 
     mode: object
     base: Path
     adapter: Path | None
     template: str
+    is_bare: bool
 
 
 def find_source(folder, mode_name=None, base=None, template=None):
@@ -99,7 +106,13 @@ def find_source(folder, mode_name=None, base=None, template=None):
     mode = MODE.get(mode_name or record.get("mode") or _mode_of(base))
     if mode is None:
         raise ValueError(f"{folder}: which member of the family is it? Give --mode ({', '.join(MODE)}).")
-    return Source(mode, base, folder if is_adapter else None, template or record.get("template", "official"))
+    return Source(
+        mode,
+        base,
+        folder if is_adapter else None,
+        template or record.get("template", "official"),
+        not record and not is_adapter,
+    )
 
 
 def _recorded_base(folder, record):

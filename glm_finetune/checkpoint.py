@@ -21,14 +21,22 @@ from glm_finetune.weights import read_json, write_json, write_tensors, write_tex
 FORMAT_VERSION = 1
 TEMPORARY = "tmp-"
 MANIFEST = "manifest.json"
+CHECKPOINT = r"epoch-\d+-step-\d+"  # name of its folder
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "sentencepiece")
 
 
-def check_output_dir(output_dir, overwrite):
-    """Raise ValueError if output_dir holds results and `overwrite` is False. Called before the ranks start together."""
+def check_output_dir(output_dir, overwrite, inputs=()):
+    """Raise ValueError if output_dir holds results and `overwrite` is False, or if deleting them would delete an input.
+
+    inputs: paths that the run reads. Called before the ranks start together.
+    """
     path = Path(output_dir)
     if path.exists() and not path.is_dir():
         raise ValueError(f"--output_dir {output_dir} is a file.")
+    for result in filter(_is_result, path.glob("*")):
+        for name in filter(None, inputs):
+            if result.resolve() in (Path(name).resolve(), *Path(name).resolve().parents):
+                raise ValueError(f"--output_dir {output_dir}: {name} lies in it and is needed. Choose another folder.")
     results = sorted(p.name for p in path.glob("*") if _is_result(p))
     if results and not overwrite:
         raise ValueError(
@@ -49,7 +57,7 @@ def create_output_dir(output_dir):
 
 def _is_result(path):
     return (
-        bool(re.fullmatch(r"epoch-\d+-step-\d+", path.name))
+        bool(re.fullmatch(CHECKPOINT, path.name))
         or path.name in ("metrics.jsonl", "runs", "latest")
         or (path.name.startswith(TEMPORARY))
     )
@@ -224,5 +232,5 @@ def check_same_run(folder, record, force):
 
 def checkpoints(output_dir):
     """Complete checkpoints of a run, oldest first."""
-    found = [p for p in Path(output_dir).glob("epoch-*-step-*") if (p / "train_config.json").is_file()]
+    found = [p for p in Path(output_dir).glob("epoch-*") if re.fullmatch(CHECKPOINT, p.name)]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))

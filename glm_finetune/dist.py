@@ -92,6 +92,11 @@ def choose_device(wanted=None):
     return torch.device("cuda", index)
 
 
+def has_bf16(device):
+    """Whether a card computes in bf16 (compute capability 8.0, Ampere); torch also counts slow emulation."""
+    return torch.cuda.get_device_capability(device)[0] >= 8
+
+
 def choose_precision(wanted, device):
     """bf16, fp16 or fp32: what was asked for, or the best that `device` computes in.
 
@@ -100,10 +105,10 @@ def choose_precision(wanted, device):
     if wanted is None:
         if device.type == "cpu":
             return "fp32"
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        return "bf16" if has_bf16(device) else "fp16"
     if wanted == "fp16" and device.type == "cpu":
         raise ValueError("--precision fp16: DeepSpeed has no fp16 on CPUs. Use bf16 or fp32.")
-    if wanted == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+    if wanted == "bf16" and device.type == "cuda" and not has_bf16(device):
         raise ValueError(f"--precision bf16: {torch.cuda.get_device_name(device)} has no bf16. Use fp16 or fp32.")
     return wanted
 
@@ -118,17 +123,18 @@ def seed_all(seed):
 def exit_with_message(main):
     """Run a script's main(); the user's fault becomes a message and exit code 2, not a traceback.
 
-    Until the ranks have joined they all fail alike, and rank 0 speaks for them; after that each speaks for itself.
+    Until the ranks have joined those of a machine fail alike, and the first speaks for them; after that each speaks for
+    itself. With GLM_FINETUNE_TRACEBACK=1 in the environment there is a traceback after all.
     """
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("GLM_FINETUNE_TRACEBACK"):
             raise
-        if dist.is_initialized() and not is_main():
-            print(f"error on rank {rank()}: {error}", file=sys.stderr, flush=True)
         if is_main():
             print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
+        elif dist.is_initialized() or os.environ.get("LOCAL_RANK") == "0":  # the first rank of another machine
+            print(f"error on rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
+        if not is_main():
             time.sleep(1)  # launchers stop all ranks at the first exit: let rank 0 speak before
         sys.exit(2)

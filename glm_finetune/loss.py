@@ -55,7 +55,7 @@ class _TokenLossSum(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
         if grad_weight is not None:
-            grad_weight = grad_weight.mul(grad_loss.to(grad_weight.dtype)).to(ctx.weight_dtype)
+            grad_weight = grad_weight.mul_(grad_loss.to(grad_weight.dtype)).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None
 
 

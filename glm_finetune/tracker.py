@@ -1,6 +1,7 @@
 """Numbers of a run: a fixed-column line in the terminal, metrics.jsonl, TensorBoard; nothing on ranks other than 0."""
 
 import json
+import math
 import resource
 import time
 from pathlib import Path
@@ -41,7 +42,8 @@ class Tracker:
         shown = [f"{name} {form.format(record[name])}" for name, form in COLUMNS.items() if name in record]
         shown += [f"{name} {value:.5f}" for name, value in record.items() if name not in COLUMNS]
         self.say("  ".join(shown))
-        self.file.write(json.dumps(record) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}  # JSON has no inf
+        self.file.write(json.dumps(finite) + "\n")
         self.file.flush()
         for name, value in values.items():
             self.writer.add_scalar(f"train/{name}" if name in COLUMNS else name, value, step)

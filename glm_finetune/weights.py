@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' names
 MAX_SHARD_BYTES = 2 * 10**9  # the originals' shard size
 
 
@@ -95,8 +96,16 @@ def iter_file(path):
 
 
 def file_dtypes(folder):
-    """{name: dtype} of all weights in `folder`."""
-    return {name: tensor.dtype for name, tensor in iter_tensors(folder)}
+    """{name: dtype} of all weights in `folder`, without reading them where the format allows."""
+    dtypes = {}
+    for path in weight_files(folder):
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a dict)
+            dtypes |= {name: FILE_DTYPES.get(kind, torch.float32) for name, kind in kinds.items()}
+        else:
+            dtypes |= {name: tensor.dtype for name, tensor in iter_file(path)}
+    return dtypes
 
 
 def _first_line(error):

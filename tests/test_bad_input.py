@@ -18,7 +18,7 @@ every_mode = pytest.mark.parametrize("mode", MODE)
     "arguments, parts",
     [
         (["--lora_dimm", "4"], ["unknown flag --lora_dimm", "--lora_dim?"]),
-        (["--lora_dimm=4", "--foo", "3"], ["--lora_dimm", "unknown flag --foo", "--help"]),
+        (["--lora_dimm=4", "--xyzzy", "3"], ["--lora_dimm", "unknown flag --xyzzy", "--help"]),
         (["-max_len", "4"], ["unknown flag -max_len", "--max_len?"]),
         (["stray.json"], ["'stray.json' belongs to no flag"]),
         (["--lr_scheduler", "cosin"], ["--lr_scheduler 'cosin'", "Did you mean cosine?"]),

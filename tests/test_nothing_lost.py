@@ -15,6 +15,7 @@ import predict
 import train
 from glm_finetune import build, checkpoint, weights
 from glm_finetune.config import TrainConfig, parse
+from glm_finetune.data.sampler import Progress
 from glm_finetune.tuning import TRAIN_TYPE
 from tests.refusal import contents, cut, json_fields, refused, remove, run_main, write
 from tests.test_bad_input import ROW, lines
@@ -40,7 +41,7 @@ def new_run(base, output_dir, kind):
             "--model_name_or_path",
             str(base),
             "--train_path",
-            "x",
+            str(ROOT / "data/spo_1.json"),
             "--lora_dim",
             "2",
             "--output_dir",
@@ -55,8 +56,28 @@ def new_run(base, output_dir, kind):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
     tokenizer = mode.tokenizer.from_pretrained(base)
-    record = checkpoint.train_record(config, 1)
-    return lambda step: checkpoint.save(model, tokenizer, TRAIN_TYPE[kind], output_dir, 1, step, record, total_limit=1)
+    record, engine = checkpoint.train_record(config, train_type, tokenizer, 1), StandInEngine(model)
+    return lambda step: checkpoint.save(
+        engine, tokenizer, TRAIN_TYPE[kind], output_dir, 1, Progress(step, 1, 0), record, total_limit=1
+    )
+
+
+class StandInEngine:
+    """What saving asks of DeepSpeed's engine at stage 0, with moments that are all zero."""
+
+    def __init__(self, model):
+        self.module, self.device = model, CPU
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self.basic_optimizer = torch.optim.AdamW(parameters, lr=0.0)
+        self.basic_optimizer.step()
+
+    def zero_optimization_stage(self):
+        return 0
+
+    def fp16_enabled(self):
+        return False
 
 
 @pytest.mark.parametrize("kind, module", [("lora", checkpoint), ("all", weights)])

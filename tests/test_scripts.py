@@ -42,10 +42,10 @@ def call(module, monkeypatch, *arguments):
 @pytest.mark.slow
 @every_mode
 def test_merged_folder_predicts_what_the_adapter_predicts(mode, adapters, data_file, tmp_path, monkeypatch, capsys):
-    before = {p.name: p.read_bytes() for p in adapters[mode].iterdir()}
+    before = {p.name: p.read_bytes() for p in adapters[mode].rglob("*") if p.is_file()}
     call(merge_lora, monkeypatch, "--model_dir", adapters[mode], "--output_dir", tmp_path / "merged")
     assert "greedy agreement 100.0%" in capsys.readouterr().out
-    assert {p.name: p.read_bytes() for p in adapters[mode].iterdir()} == before
+    assert {p.name: p.read_bytes() for p in adapters[mode].rglob("*") if p.is_file()} == before
     for name, folder in (("adapter", adapters[mode]), ("merged", tmp_path / "merged")):
         call(
             predict,
@@ -97,11 +97,63 @@ def test_merged_folder_has_the_layout_and_dtypes_of_the_base(adapters, checkpoin
 
 
 @pytest.mark.slow
-def test_a_merge_that_disagrees_is_removed(adapters, tmp_path, monkeypatch):
-    monkeypatch.setattr(merge_lora, "TOLERANCE", {torch.float32: -1.0})
-    with pytest.raises(ValueError, match="not base \\+ adapter"):
+def test_a_merge_that_loses_the_adapter_is_removed(adapters, checkpoints, tmp_path, monkeypatch):
+    base = MODE["glm3"].model.from_pretrained(checkpoints["glm3"], dtype=torch.float32)
+    write = merge_lora.write
+    monkeypatch.setattr(merge_lora, "write", lambda model, *rest: write(base, *rest))
+    with pytest.raises(ValueError, match="was not written as it was merged"):
         call(merge_lora, monkeypatch, "--model_dir", adapters["glm3"], "--output_dir", tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_sum_that_is_not_base_plus_adapter_is_refused(adapters, checkpoints, tmp_path, monkeypatch):
+    base = MODE["glm3"].model.from_pretrained(checkpoints["glm3"], dtype=torch.float32)
+    monkeypatch.setattr("peft.PeftModel.merge_and_unload", lambda self: base, raising=False)
+    with pytest.raises(ValueError, match="merging changed the logits"):
+        call(merge_lora, monkeypatch, "--model_dir", adapters["glm3"], "--output_dir", tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_answers_of_another_model_are_never_taken_for_its_own(adapters, checkpoints, data_file, tmp_path, monkeypatch):
+    arguments = [
+        "--test_path",
+        data_file,
+        "--max_new_tokens",
+        2,
+        "--device",
+        "cpu",
+        "--output_path",
+        tmp_path / "a.jsonl",
+    ]
+    call(predict, monkeypatch, "--model_path", adapters["glm3"], *arguments)
+    before = (tmp_path / "a.jsonl").read_bytes()
+    for changes in (["--model_path", checkpoints["glm3"]], ["--model_path", adapters["glm3"], "--num_beams", 2]):
+        with pytest.raises(ValueError, match="made with other settings"):
+            call(predict, monkeypatch, *arguments, *changes)
+    assert (tmp_path / "a.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_conversation_that_grows_too_long_goes_on(checkpoints, monkeypatch, capsys):
+    lines = iter(["风扇不转", "水温高", "长" * 300, "电压低", "stop"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    arguments = [
+        "--model_path",
+        checkpoints["glm2"],
+        "--chat",
+        "--device",
+        "cpu",
+        "--max_length",
+        60,
+        "--max_new_tokens",
+        16,
+    ]
+    call(predict, monkeypatch, *arguments)
+    printed = capsys.readouterr().out
+    assert "the oldest turn is forgotten" in printed and "leaves room for 44" in printed
+    assert printed.count("ChatGLM：") == 3
 
 
 @pytest.mark.slow

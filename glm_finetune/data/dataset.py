@@ -57,8 +57,8 @@ class InstructionDataset(Sequence):
         """
         check_limits(max_len, max_src_len, question_tail, overhead)
         self.report, self.rows, limits = Report(), [], Limits(max_len, max_src_len)
-        for line, row in tqdm(read_rows(path), desc=f"tokenize {path}", unit=" rows", disable=not progress):
-            messages = instruction_messages(row, f"{path}, line {line}")
+        for where, row in tqdm(read_rows(path), desc=f"tokenize {path}", unit=" rows", disable=not progress):
+            messages = instruction_messages(row, where)
             self._add(render(tokenizer, messages, limits), is_skip, empty=not messages[-1]["content"])
         if not self.rows:
             raise ValueError(

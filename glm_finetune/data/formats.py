@@ -1,7 +1,7 @@
 """Files -> rows -> messages. One row format for now: instruction / input / output.
 
-for line, row in read_rows("data/spo_0.json"):
-    messages = instruction_messages(row, where=f"data/spo_0.json, line {line}")
+for where, row in read_rows("data/spo_0.json"):
+    messages = instruction_messages(row, where)
 """
 
 import json
@@ -12,7 +12,7 @@ INSTRUCTION_FIELDS = ("instruction", "input", "output")
 
 
 def read_rows(path):
-    """Yield (line number, object) of a JSONL file, or (place in the list, object) of a JSON array.
+    """Yield (where, object) of a JSONL file or a JSON array; where: file and line, or entry, for messages.
 
     Raises ValueError naming the file and the line: not there, empty, not UTF-8, not JSON, not an object.
     """
@@ -27,11 +27,10 @@ def read_rows(path):
         raise ValueError(f"{path}: the file is empty.")
     is_array = text.lstrip().startswith("[")
     for number, row in _array(text, path) if is_array else _lines(text, path):
+        where = f"{path}, {'entry' if is_array else 'line'} {number}"
         if not isinstance(row, dict):
-            raise ValueError(
-                f"{path}, {'entry' if is_array else 'line'} {number}: expected an object, found {row!r:.60}."
-            )
-        yield number, row
+            raise ValueError(f"{where}: expected an object, found {row!r:.60}.")
+        yield where, row
 
 
 def _array(text, path):

@@ -52,14 +52,21 @@ def attend(query, key, value, mask):
     """
     num_groups = query.shape[1] // key.shape[1]
     is_causal = mask is None and query.shape[2] == key.shape[2] and query.shape[2] > 1
-    # Only flash attention reads shared kv heads in place; every other kernel would fall back to a T x T product.
-    in_place = num_groups > 1 and mask is None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    in_place = num_groups > 1 and mask is None and has_flash_attention(query)
     if num_groups > 1 and not in_place:
         key, value = key.repeat_interleave(num_groups, 1), value.repeat_interleave(num_groups, 1)  # (B, H, S, E)
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=in_place
     )  # (B, H, T, E)
     return out.transpose(1, 2).flatten(2)  # (B, T, H * E)
+
+
+def has_flash_attention(query):
+    """Whether flash attention takes this tensor: it alone reads shared kv heads in place, any other kernel would fall
+    back to a (B, H, T, T) product."""
+    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return torch.cuda.get_device_capability(query.device)[0] >= 8
 
 
 def rotary_angles(position_ids, inv_freq):

@@ -77,6 +77,7 @@ GLM = Mode(
     positions=positions,
     clean_response=clean_response,
     finish_turn=partial(finish_pair, clean_response),
+    entries_per_turn=1,
     stop_token_ids=lambda tokenizer: [tokenizer.eos_token_id],
     lora_targets=("query_key_value",),
     other_names=r"chatglm[23]|codegeex2",

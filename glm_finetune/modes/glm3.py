@@ -112,6 +112,7 @@ GLM3 = Mode(
     positions=positions,
     clean_response=clean_response,
     finish_turn=finish_turn,
+    entries_per_turn=2,
     stop_token_ids=stop_token_ids,
     lora_targets=("query_key_value",),
     other_names=r"chatglm2|codegeex2|chatglm-6b",

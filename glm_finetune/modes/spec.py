@@ -51,6 +51,7 @@ class Mode:
     positions: Callable
     clean_response: Callable
     finish_turn: Callable
+    entries_per_turn: int  # of a history: 1 pair, or 2 messages
     stop_token_ids: Callable
     lora_targets: tuple
     other_names: str  # pattern of `_name_or_path` that belongs to another mode

@@ -68,9 +68,9 @@ class Tokenizer:
         return cls(folder, read_json(config) if config.is_file() else {})
 
     def save_pretrained(self, folder):
-        """Copy the tokenizer files, byte for byte."""
+        """Copy the tokenizer files, byte for byte. Raises OSError if the model file is gone."""
         for name in (self.model_file, "tokenizer_config.json", "special_tokens_map.json"):
-            if (self.folder / name).is_file():
+            if name == self.model_file or (self.folder / name).is_file():
                 shutil.copyfile(self.folder / name, Path(folder) / name)
 
     def __len__(self):

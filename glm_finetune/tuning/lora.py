@@ -33,11 +33,15 @@ def add_lora(model, rank, alpha, dropout, targets, base_path):
 
 
 def check_targets(model, targets):
-    """Raise ValueError naming the targets that no layer with a matrix has, and the names that exist."""
+    """Raise ValueError naming the targets that no layer with a matrix of its own has, and the names that exist.
+
+    Layers that share one matrix (ChatGLM-6B's head and embedding) are none: an update of one would be the other's too.
+    """
+    tied = [name.rpartition(".")[0] for pair in model.tied_names().items() for name in pair]
     matrices = [
         name.removesuffix(".weight")
         for name, weight in model.named_parameters(remove_duplicate=False)
-        if name.endswith(".weight") and len(full_shape(weight)) == 2
+        if name.endswith(".weight") and len(full_shape(weight)) == 2 and name.removesuffix(".weight") not in tied
     ]
     linear = sorted({name.rpartition(".")[2] for name in matrices})
     unmatched = [t for t in targets if not any(name == t or name.endswith("." + t) for name in matrices)]
@@ -58,7 +62,7 @@ def load_adapter(model, folder):
     names = {name for name, _ in iter_file(_adapter_file(folder))}
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
-            model = PeftModel.from_pretrained(model, str(folder)).eval()
+            model = PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device)).eval()
     except (RuntimeError, ValueError, TypeError) as error:
         raise ValueError(f"{folder}: the adapter does not fit the base model: {str(error)[:400]}") from error
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
