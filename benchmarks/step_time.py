@@ -1,8 +1,8 @@
 """One LoRA training step of our ChatGLM3 against the same network in transformers: tokens per second and peak memory.
 
-    python -m benchmarks.step_time                  # the card if there is one, else the CPU; some minutes
-    python -m benchmarks.step_time --device cpu     # writes benchmarks/results/step_time_cpu.json
-    python -m benchmarks.step_time --quick          # tiny shapes, some seconds, writes nothing without --out
+    python benchmarks/step_time.py                  # the card if there is one, else the CPU; some minutes
+    python benchmarks/step_time.py --device cpu     # writes benchmarks/results/step_time_cpu.json
+    python benchmarks/step_time.py --quick          # tiny shapes, some seconds, writes nothing without --out
 
 Ours is MODE["glm3"] fed by our `collate`, theirs `GlmForCausalLM` with its normal loss, both with peft LoRA of rank 8
 on every linear layer of a block. Before anything is timed, fp32 logits must agree on equal weights. Two thirds of a row
@@ -13,6 +13,7 @@ others. Memory is measured in a fresh process for each (the allocator gives noth
 that with everything imported and nothing built, by /proc, so Linux only (ru_maxrss would carry over the parent's peak).
 Card: a fresh process for each model in turns, memory as torch counts it. Not here: DeepSpeed, several cards, loading.
 """
+
 import argparse
 import json
 import os
@@ -29,26 +30,44 @@ from statistics import median
 import torch
 from transformers import GlmConfig, GlmForCausalLM
 
-from glm_finetune import MODE
-from glm_finetune.data.dataset import collate
-from glm_finetune.tuning.lora import add_lora
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from glm_finetune import MODE  # noqa: E402 (the repository is not installed)
+from glm_finetune.data.dataset import collate  # noqa: E402
+from glm_finetune.tuning.lora import add_lora  # noqa: E402
+
 SIDES = ("ours", "theirs")
 MAX_LOGIT_ERROR = 1e-4  # largest difference of fp32 logits / their standard deviation
-LORA_TARGETS = {"ours": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
-                "theirs": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")}
-PARTNERS = (("transformer.embedding.word_embeddings", "model.embed_tokens"), ("transformer.output_layer", "lm_head"),
-            ("transformer.encoder.final_layernorm", "model.norm"), ("transformer.encoder.layers", "model.layers"),
-            ("self_attention.dense", "self_attn.o_proj"), ("self_attention.query_key_value", "self_attn.{}_proj"),
-            ("dense_h_to_4h", "gate_up_proj"), ("dense_4h_to_h", "down_proj"))  # parts of our names, and of theirs
+LORA_TARGETS = {
+    "ours": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+    "theirs": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"),
+}
+PARTNERS = (
+    ("transformer.embedding.word_embeddings", "model.embed_tokens"),
+    ("transformer.output_layer", "lm_head"),
+    ("transformer.encoder.final_layernorm", "model.norm"),
+    ("transformer.encoder.layers", "model.layers"),
+    ("self_attention.dense", "self_attn.o_proj"),
+    ("self_attention.query_key_value", "self_attn.{}_proj"),
+    ("dense_h_to_4h", "gate_up_proj"),
+    ("dense_4h_to_h", "down_proj"),
+)  # parts of our names, and of theirs
 
 
 def config_of(num_layers, hidden_size, ffn_hidden_size, num_heads, vocab_size):
     """The shapes in a ChatGLM2Config's words."""
-    return dict(num_layers=num_layers, hidden_size=hidden_size, ffn_hidden_size=ffn_hidden_size, add_qkv_bias=True,
-                num_attention_heads=num_heads, kv_channels=hidden_size // num_heads, multi_query_attention=True,
-                multi_query_group_num=2, padded_vocab_size=vocab_size, layernorm_epsilon=1e-5)
+    return dict(
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        ffn_hidden_size=ffn_hidden_size,
+        add_qkv_bias=True,
+        num_attention_heads=num_heads,
+        kv_channels=hidden_size // num_heads,
+        multi_query_attention=True,
+        multi_query_group_num=2,
+        padded_vocab_size=vocab_size,
+        layernorm_epsilon=1e-5,
+    )
 
 
 @dataclass(frozen=True)
@@ -79,10 +98,18 @@ def cases(device, quick):
 def their_config(config):
     """A ChatGLM2Config in the words of transformers."""
     return GlmConfig(
-        num_hidden_layers=config.num_layers, vocab_size=config.padded_vocab_size, hidden_size=config.hidden_size,
-        intermediate_size=config.ffn_hidden_size, num_attention_heads=config.num_attention_heads, pad_token_id=None,
-        head_dim=config.kv_channels, num_key_value_heads=config.num_kv_heads, attention_bias=config.add_qkv_bias,
-        rms_norm_eps=config.layernorm_epsilon, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+        num_hidden_layers=config.num_layers,
+        vocab_size=config.padded_vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        pad_token_id=None,
+        head_dim=config.kv_channels,
+        num_key_value_heads=config.num_kv_heads,
+        attention_bias=config.add_qkv_bias,
+        rms_norm_eps=config.layernorm_epsilon,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
 
 
 @torch.no_grad()
@@ -195,33 +222,49 @@ def compare(case, index, args):
         models, error = equal_pair(case)
         turns = [in_turns(case, models)]
     for side in SIDES:
-        secs = [second for turn in turns for second, _ in turn[side][case.warmup:]]
+        secs = [second for turn in turns for second, _ in turn[side][case.warmup :]]
         losses = [loss for _, loss in turns[0][side]]
         found[side] |= {"median_secs": median(secs), "fastest_secs": min(secs), "secs": secs, "losses": losses}
     ratios = [found["ours"][key] / found["theirs"][key] for key in ("median_secs", "fastest_secs", "peak_gib")]
-    return {"case": {**asdict(case), "dtype": str(case.dtype)}, "logits_error": error, **found,
-            "speed_ratio": 1 / ratios[0], "fastest_step_ratio": 1 / ratios[1], "memory_ratio": ratios[2]}
+    return {
+        "case": {**asdict(case), "dtype": str(case.dtype)},
+        "logits_error": error,
+        **found,
+        "speed_ratio": 1 / ratios[0],
+        "fastest_step_ratio": 1 / ratios[1],
+        "memory_ratio": ratios[2],
+    }
 
 
 def show(result):
     case = Case(**result["case"])
-    print(f"{case.name}, {case.device}, batch {case.batch_size} x {case.num_tokens}\n"
-          f"        s/step (fastest)   tokens/s  peak GiB  LoRA parameters  first loss")
+    print(
+        f"{case.name}, {case.device}, batch {case.batch_size} x {case.num_tokens}\n"
+        f"        s/step (fastest)   tokens/s  peak GiB  LoRA parameters  first loss"
+    )
     for side in SIDES:
         found, tokens_per_s = result[side], case.batch_size * case.num_tokens / result[side]["median_secs"]
-        print(f"{side:6}{found['median_secs']:8.3f} ({found['fastest_secs']:.3f}){tokens_per_s:12,.0f}"
-              f"{found['peak_gib']:10.3f}{found['lora_parameters']:17,}{found['losses'][0]:12.5f}")
-    print(f"logits differ by {result['logits_error']:.0e} standard deviations. Tokens/s x {result['speed_ratio']:.2f} "
-          f"(aim: 2 or more; of the fastest steps x {result['fastest_step_ratio']:.2f}), memory x "
-          f"{result['memory_ratio']:.2f} (aim on a CPU: 0.6 or less)")
+        print(
+            f"{side:6}{found['median_secs']:8.3f} ({found['fastest_secs']:.3f}){tokens_per_s:12,.0f}"
+            f"{found['peak_gib']:10.3f}{found['lora_parameters']:17,}{found['losses'][0]:12.5f}"
+        )
+    print(
+        f"logits differ by {result['logits_error']:.0e} standard deviations. Tokens/s x {result['speed_ratio']:.2f} "
+        f"(aim: 2 or more; of the fastest steps x {result['fastest_step_ratio']:.2f}), memory x "
+        f"{result['memory_ratio']:.2f} (aim on a CPU: 0.6 or less)"
+    )
 
 
 def machine(device):
     """What the numbers depend on, without names of hosts or folders."""
     cpu = re.search("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers", "peft")},
-            "device": torch.cuda.get_device_name() if device == "cuda" else cpu and cpu[1],
-            "threads": torch.get_num_threads(), "load_at_start": os.getloadavg()[0]}
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "peft")},
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu and cpu[1],
+        "threads": torch.get_num_threads(),
+        "load_at_start": os.getloadavg()[0],
+    }
 
 
 def main():

@@ -33,12 +33,14 @@ class _TokenLossSum(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if need_weight else None
         for start in range(0, hidden.shape[0], rows):
             part, target = hidden[start : start + rows], targets[start : start + rows, None]  # (N, D), (N, 1)
-            logits = (part @ weight.t()).float()  # (N, V) fp32, the largest tensor
-            log_norm = logits.logsumexp(-1, keepdim=True)  # (N, 1)
-            loss += (log_norm - logits.gather(1, target)).sum()
+            logits = (part @ weight.t()).float()  # (N, V) fp32, the largest tensor; from here on changed in place
+            top = logits.amax(-1, keepdim=True)  # (N, 1)
+            target_logit = logits.gather(1, target) - top
+            total = logits.sub_(top).exp_().sum(-1, keepdim=True)  # (N, 1)
+            loss += (total.log() - target_logit).sum()
             if not (need_hidden or need_weight):
                 continue
-            grad = logits.sub_(log_norm).exp_()  # (N, V): softmax, in the memory of the logits
+            grad = logits.div_(total)  # (N, V): softmax, in the memory of the logits
             grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
             grad = grad.to(weight.dtype)
             if need_hidden:

@@ -85,7 +85,7 @@ class ChatGLM2Config(OriginalConfig):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight; the mean square in fp32."""
+    """x / rms(x) * weight; torch computes it in fp32 and keeps x alone for the backward pass."""
 
     def __init__(self, size, eps):
         super().__init__()
@@ -94,8 +94,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         """x: (..., D) -> (..., D), same dtype."""
-        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
-        return ((x * scale) * self.weight).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def new_norm(config):

@@ -1,6 +1,7 @@
 """LoRA through peft: inject, save what was trained, load it again."""
 
 import warnings
+from collections import Counter
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -37,11 +38,12 @@ def check_targets(model, targets):
 
     Layers that share one matrix (ChatGLM-6B's head and embedding) are none: an update of one would be the other's too.
     """
-    tied = [name.rpartition(".")[0] for pair in model.tied_names().items() for name in pair]
+    named = list(model.named_parameters(remove_duplicate=False))
+    uses = Counter(id(weight) for _, weight in named)
     matrices = [
         name.removesuffix(".weight")
-        for name, weight in model.named_parameters(remove_duplicate=False)
-        if name.endswith(".weight") and len(full_shape(weight)) == 2 and name.removesuffix(".weight") not in tied
+        for name, weight in named
+        if name.endswith(".weight") and len(full_shape(weight)) == 2 and uses[id(weight)] == 1
     ]
     linear = sorted({name.rpartition(".")[2] for name in matrices})
     unmatched = [t for t in targets if not any(name == t or name.endswith("." + t) for name in matrices)]
