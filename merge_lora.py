@@ -29,9 +29,9 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 def main():
     config = parse(MergeConfig, sys.argv[1:], __doc__)
     source = build.find_source(config.model_dir, config.mode, config.ori_model_dir)
-    if source.adapter is None:
+    if source.adapter is None or source.is_prefix:
         raise ValueError(
-            f"--model_dir {config.model_dir}: no adapter (adapter_config.json without config.json beside it)."
+            f"--model_dir {config.model_dir}: no LoRA adapter (adapter_config.json without config.json beside it)."
         )
     target = Path(config.output_dir or f"{os.path.abspath(source.adapter)}-merged")
     temporary = target.with_name(f"tmp-{target.name}")

@@ -13,6 +13,7 @@ from glm_finetune.models.base import DTYPES
 from glm_finetune.modes import MODE
 from glm_finetune.tuning import TRAIN_TYPE
 from glm_finetune.tuning.lora import load_adapter
+from glm_finetune.tuning.ptuning import load_prefix
 from glm_finetune.weights import read_json, weight_files
 
 
@@ -81,13 +82,18 @@ def load_base(mode, folder, precision, device, gradient_checkpointing=False):
 
 @dataclass(frozen=True)
 class Source:
-    """What a model folder is. adapter: its folder, or None. template: "train" or "official". is_bare: not made here."""
+    """What a model folder is.
+
+    adapter: folder of a LoRA adapter or (is_prefix) a P-tuning prefix, or None. template: "train" or "official".
+    is_bare: not made by this project.
+    """
 
     mode: object
     base: Path
     adapter: Path | None
     template: str
     is_bare: bool
+    is_prefix: bool
 
 
 def find_source(folder, mode_name=None, base=None, template=None):
@@ -101,7 +107,8 @@ def find_source(folder, mode_name=None, base=None, template=None):
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder.")
     record = read_json(folder / "train_config.json") if (folder / "train_config.json").is_file() else {}
-    is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+    is_prefix = record.get("saves") == "prefix"
+    is_adapter = is_prefix or (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
     base = Path(base or _recorded_base(folder, record)) if is_adapter else folder
     mode = MODE.get(mode_name or record.get("mode") or _mode_of(base))
     if mode is None:
@@ -111,16 +118,15 @@ def find_source(folder, mode_name=None, base=None, template=None):
         base,
         folder if is_adapter else None,
         template or record.get("template", "official"),
-        not record and not is_adapter,
+        is_bare=not record and not is_adapter,
+        is_prefix=is_prefix,
     )
 
 
 def _recorded_base(folder, record):
-    recorded = [
-        record.get("base_absolute"),
-        record.get("base"),
-        read_json(folder / "adapter_config.json").get("base_model_name_or_path"),
-    ]
+    recorded = [record.get("base_absolute"), record.get("base")]
+    if (folder / "adapter_config.json").is_file():
+        recorded.append(read_json(folder / "adapter_config.json").get("base_model_name_or_path"))
     for path in filter(None, recorded):
         if (Path(path) / "config.json").is_file():
             return path
@@ -150,4 +156,6 @@ def load_source(source, precision, device):
     """Tokenizer and model of a `find_source` result, ready to generate."""
     tokenizer, _ = check_base(source.mode, source.base)
     model = load_base(source.mode, source.base, precision, device)
-    return tokenizer, load_adapter(model, source.adapter) if source.adapter else model
+    if source.adapter is None:
+        return tokenizer, model
+    return tokenizer, load_prefix(model, source.adapter) if source.is_prefix else load_adapter(model, source.adapter)

@@ -70,6 +70,7 @@ def train_record(config, train_type, tokenizer, world_size):
         "mode": config.mode,
         "train_type": config.train_type,
         "template": "train",
+        "saves": train_type.saves,
         "base": config.model_name_or_path,
         "base_absolute": os.path.abspath(config.model_name_or_path),
         "world_size": world_size,
@@ -105,7 +106,7 @@ def save(engine, tokenizer, train_type, output_dir, epoch, progress, record, tot
     target = Path(output_dir) / f"epoch-{epoch}-step-{progress.step}"
     if dist.from_main(target.is_dir()):
         return target
-    weights = gathered(engine.module, trainable_only=train_type.saves_adapter)
+    weights = gathered(engine.module, trainable_only=train_type.saves != "weights")
     tensors, randoms, problem = state.tensors_of(engine), state.random_states(engine.device), None
     if dist.is_main():
         temporary = Path(output_dir) / (TEMPORARY + target.name)
@@ -131,7 +132,7 @@ def save(engine, tokenizer, train_type, output_dir, epoch, progress, record, tot
 
 def _write_model(model, tokenizer, train_type, folder, weights):
     folder.mkdir(parents=True)
-    if train_type.saves_adapter:
+    if train_type.saves == "adapter":
         adapter = get_peft_model_state_dict(model, state_dict=dict(weights))
         write_tensors(adapter, folder / "adapter_model.safetensors")
         settings = dataclasses.replace(model.peft_config["default"], inference_mode=True)

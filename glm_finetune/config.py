@@ -42,7 +42,7 @@ class TrainConfig:
     max_src_len: int = flag("tokens of a question; longer ones are cut, keeping their ending", 256)
     is_skip: bool = flag("leave out samples that do not fit instead of cutting them", False)
 
-    train_type: str = flag("what is trained: lora, freeze (some layers) or all", "lora")
+    train_type: str = flag("what is trained: lora, ptuning (a prefix), freeze (some layers) or all", "lora")
     lora_dim: int = flag("LoRA rank", 8)
     lora_alpha: float = flag("LoRA scale: the update is multiplied by alpha / rank", 30)
     lora_dropout: float = flag("dropout in front of the LoRA matrices", 0.1)
@@ -50,6 +50,10 @@ class TrainConfig:
         "comma list of layers that get LoRA; default: the mode's (query_key_value)", None
     )
     freeze_module_name: str = flag("comma list of parts of parameter names that stay trainable", "layers.27.")
+
+    pre_seq_len: int = flag("tokens of the P-tuning prefix", 16)
+    prefix_projection: bool = flag("compute the P-tuning prefix through an MLP", True)
+    prefix_dropout: float = flag("dropout of the P-tuning prefix", 0.1)
 
     per_device_train_batch_size: int = flag("samples of a micro-batch on each card", 16)
     gradient_accumulation_steps: int = flag("micro-batches of an optimizer step", 1)
@@ -92,6 +96,7 @@ class TrainConfig:
             "max_len",
             "max_src_len",
             "lora_dim",
+            "pre_seq_len",
             "per_device_train_batch_size",
             "gradient_accumulation_steps",
             "num_train_epochs",
@@ -106,7 +111,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 yield f"--{name} {value}: must be above 0."
-        for name in ("warmup_ratio", "min_lr_ratio", "lora_dropout"):
+        for name in ("warmup_ratio", "min_lr_ratio", "lora_dropout", "prefix_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 yield f"--{name} {getattr(self, name)}: must be between 0 and 1."
         for name in ("weight_decay", "max_grad_norm"):

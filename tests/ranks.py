@@ -119,6 +119,8 @@ def train_arguments(mode, train_type, checkpoint, data_file, output_dir, **flags
         "--device",
         "cpu",
     ]
+    if train_type == "ptuning":
+        arguments += ["--pre_seq_len", "5", "--prefix_dropout", "0"]
     if train_type == "freeze":
         arguments += ["--freeze_module_name", "layers.1."]
     for name, value in flags.items():

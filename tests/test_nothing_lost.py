@@ -234,7 +234,7 @@ def test_merging_onto_a_full_disk_leaves_nothing(adapter, tmp_path, monkeypatch,
 
 def test_merging_what_is_no_adapter_is_refused(checkpoints, monkeypatch, capsys):
     code, error = run_main(merge_lora, monkeypatch, capsys, "--model_dir", checkpoints["glm3"])
-    assert code == 2 and "no adapter" in error
+    assert code == 2 and "no LoRA adapter" in error
 
 
 @pytest.fixture

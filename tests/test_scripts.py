@@ -239,6 +239,18 @@ COMMANDS = {
         LORA.format(targets=ALL_TARGETS).replace("--train_type lora", ""),
         "ds_zero2_no_offload.json",
     ),
+    "glm ptuning": (
+        "glm",
+        "ChatGLM-6B",
+        "--train_type ptuning --pre_seq_len 16 --prefix_projection True",
+        "ds_zero2_no_offload.json",
+    ),
+    "glm2 freeze": (
+        "glm2",
+        "ChatGLM2-6B",
+        '--train_type freeze --freeze_module_name "layers.1.,layers.0."',  # the original names layers 24 to 27
+        "ds_zero2_no_offload.json",
+    ),
     "glm all": ("glm", "ChatGLM-6B", "--train_type all", "ds_zero3_offload.json"),
     "glm2 all": ("glm2", "ChatGLM2-6B", "--train_type all", "ds_zero3_no_offload.json"),
 }

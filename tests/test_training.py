@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from glm_finetune import MODE
+from glm_finetune import MODE, build
 from glm_finetune.checkpoint import checkpoints as checkpoints_in
 from glm_finetune.data.sampler import Progress, StepSampler
 from glm_finetune.tuning import TRAIN_TYPE
@@ -113,6 +113,23 @@ def test_adapter_loads_in_plain_peft_and_gives_the_final_loss(mode, checkpoints,
         for r in data
     )
     assert total.item() / data.report.targets == pytest.approx(records[-1]["eval_loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("projection", [True, False])
+@pytest.mark.parametrize("mode", MODE)
+def test_a_saved_prefix_is_small_and_gives_the_final_loss_again(mode, projection, checkpoints, data_file, tmp_path):
+    flags = dict(num_train_epochs=2, eval_path=data_file, prefix_projection=projection)
+    records, tensors, folder, _ = run(mode, "ptuning", checkpoints, data_file, tmp_path / "out", **flags)
+    learnt = {name for name in tensors if not name.endswith("inv_freq")}
+    assert learnt and all(name.startswith("transformer.prefix_encoder.") for name in learnt)
+    tokenizer, model = build.load_source(build.find_source(folder), "fp32", torch.device("cpu"))
+    data = MODE[mode].dataset(data_file, tokenizer, max_len=128, max_src_len=64)
+    total = sum(
+        model(input_ids=torch.tensor([r["input_ids"]]), labels=torch.tensor([r["labels"]]), num_targets=1).loss
+        for r in data
+    )
+    assert total.item() / data.report.targets == pytest.approx(records[-1]["eval_loss"], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -102,6 +102,19 @@ class OriginalModel(PreTrainedModel, GenerationMixin):
             module = self.get_submodule(owner).to_empty(device=device)
             module.float().reset_parameters()
 
+    def add_prefix(self, pre_seq_len, projection, dropout=0.0):
+        """Add a new P-Tuning v2 prefix of `pre_seq_len` tokens in fp32 to a model without one.
+
+        The original's config.json fields say so, also in what is saved.
+        """
+        fields = {"pre_seq_len": pre_seq_len, "prefix_projection": projection}
+        for name, value in fields.items():
+            setattr(self.config, name, value)
+        self.config.source = {**self.config.source, **fields}
+        self.transformer.new_prefix_encoder()
+        self.transformer.prefix_encoder.to(self.device, torch.float32)
+        self.transformer.dropout.p = dropout
+
     def tied_names(self):
         """{alias in the file: parameter}; empty when the head has its own weight."""
         return {}

@@ -197,11 +197,16 @@ class ChatGLMModel(nn.Module):
         self.layers = nn.ModuleList(GLMBlock(config, i) for i in range(config.num_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         if config.pre_seq_len:
-            num_values = 2 * config.num_layers * config.hidden_size
-            self.prefix_encoder = PrefixEncoder(
-                config.pre_seq_len, num_values, config.prefix_projection, config.hidden_size, config.hidden_size
-            )
-            self.dropout = nn.Dropout(0.1)
+            self.new_prefix_encoder()
+
+    def new_prefix_encoder(self):
+        """Add the prefix that `config` describes, with torch's default values."""
+        config = self.config
+        num_values = 2 * config.num_layers * config.hidden_size
+        self.prefix_encoder = PrefixEncoder(
+            config.pre_seq_len, num_values, config.prefix_projection, config.hidden_size, config.hidden_size
+        )
+        self.dropout = nn.Dropout(0.1)
 
     def forward(self, embedded, position_ids, mask, cache):
         """embedded: (B, T, D); position_ids: (B, 2, T); mask: (B, 1, T, S) bool or None. Returns (B, T, D)."""
@@ -281,7 +286,6 @@ class ChatGLMForConditionalGeneration(OriginalModel):
         self.refuse(output_attentions, output_hidden_states, return_dict)
         embedded = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         past_key_values, num_past = self.cache_and_length(past_key_values, use_cache)
-        num_tokens = embedded.shape[1]
         if num_past and position_ids is None:
             raise ValueError("position_ids (B, 2, T) must be given with a cache: they depend on the whole text.")
         needs_prefix = is_prefix is None and not (attention_mask is not None and attention_mask.dim() == 4)
@@ -290,7 +294,7 @@ class ChatGLMForConditionalGeneration(OriginalModel):
             is_prefix = derived_prefix if is_prefix is None else is_prefix
             position_ids = derived_positions if position_ids is None else position_ids
         mask = self.attention_mask(attention_mask, segment_ids, is_prefix, embedded, num_past)
-        mask = with_prefix_columns(mask, num_tokens, self.config.pre_seq_len or 0)
+        mask = with_prefix_columns(mask, self.config.pre_seq_len or 0)
         hidden = self.transformer(embedded, position_ids, mask, past_key_values)
         return self.output(hidden, labels, target_index, num_targets, logits_to_keep, return_logits, past_key_values)
 

@@ -212,11 +212,16 @@ class ChatGLMModel(nn.Module):
         self.encoder = GLMTransformer(config)
         self.output_layer = LanguageModelHead(config.hidden_size, config.padded_vocab_size, bias=False)
         if config.pre_seq_len:
-            num_values = 2 * config.num_layers * config.kv_channels * config.num_kv_heads
-            self.prefix_encoder = PrefixEncoder(
-                config.pre_seq_len, num_values, config.prefix_projection, num_values, config.hidden_size
-            )
-            self.dropout = nn.Dropout(0.1)
+            self.new_prefix_encoder()
+
+    def new_prefix_encoder(self):
+        """Add the prefix that `config` describes, with torch's default values."""
+        config = self.config
+        num_values = 2 * config.num_layers * config.kv_channels * config.num_kv_heads
+        self.prefix_encoder = PrefixEncoder(
+            config.pre_seq_len, num_values, config.prefix_projection, num_values, config.hidden_size
+        )
+        self.dropout = nn.Dropout(0.1)
 
     def forward(self, embedded, position_ids, mask, cache):
         """embedded: (B, T, D); position_ids: (B, T); mask: see `attend`. Returns the hidden states of every layer."""
@@ -293,9 +298,7 @@ class ChatGLM2ForConditionalGeneration(OriginalModel):
             position_ids = torch.arange(num_past, num_past + num_tokens, device=embedded.device)[None]
         if segment_ids is None and attention_mask is not None:
             segment_ids = attention_mask.long() - 1
-        if segment_ids is None and num_past and num_tokens > 1:  # several tokens after a cache: not aligned at the left
-            segment_ids = position_ids.new_zeros(embedded.shape[0], num_past + num_tokens)
         mask = None if segment_ids is None else visible(segment_ids, is_prefix, num_tokens)
-        mask = with_prefix_columns(mask, num_tokens, self.config.pre_seq_len or 0)
+        mask = with_prefix_columns(mask, self.config.pre_seq_len or 0)
         hidden = self.transformer(embedded, position_ids, mask, past_key_values)
         return self.output(hidden, labels, target_index, num_targets, logits_to_keep, return_logits, past_key_values)

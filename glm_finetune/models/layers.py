@@ -30,31 +30,25 @@ def visible(segment_ids, is_prefix, num_queries):
     return (sees & same_segment)[:, None]
 
 
-def with_prefix_columns(mask, num_queries, num_prefix):
-    """Put `num_prefix` columns that everyone sees in front of a mask.
-
-    mask: (B, 1, T, S) bool, or None = plain causal.
-    """
-    if num_prefix == 0:
-        return mask
-    if mask is None:  # a lazy causal mask aligned at the lower right: flash attention takes it without building T x T
-        return causal_lower_right(num_queries, num_prefix + num_queries) if num_queries > 1 else None
-    return F.pad(mask, (num_prefix, 0), value=True)
+def with_prefix_columns(mask, num_prefix):
+    """Put `num_prefix` columns that everyone sees in front of a mask. mask: (B, 1, T, S) bool, or None = causal."""
+    return F.pad(mask, (num_prefix, 0), value=True) if num_prefix and mask is not None else mask
 
 
 def attend(query, key, value, mask):
     """Scaled dot-product attention, scale 1 / sqrt(E).
 
     query: (B, H, T, E); key, value: (B, K, S, E), each kv head serving H / K consecutive query heads.
-    mask: (B, 1, T, S) bool, True = visible; None = causal when T == S (no T x T tensor is built), everything when T <
-    S.
+    mask: (B, 1, T, S) bool, True = visible; None = causal, the last query seeing all S keys (no T x T tensor is built).
     Returns (B, T, H * E).
     """
-    num_groups = query.shape[1] // key.shape[1]
-    is_causal = mask is None and query.shape[2] == key.shape[2] and query.shape[2] > 1
-    in_place = num_groups > 1 and mask is None and has_flash_attention(query)
+    num_groups, num_queries, num_keys = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
+    is_causal = mask is None and num_queries == num_keys
+    in_place = num_groups > 1 and mask is None and num_queries in (1, num_keys) and has_flash_attention(query)
     if num_groups > 1 and not in_place:
         key, value = key.repeat_interleave(num_groups, 1), value.repeat_interleave(num_groups, 1)  # (B, H, S, E)
+    if mask is None and 1 < num_queries < num_keys:  # after a cache or a prefix
+        mask = causal_lower_right(num_queries, num_keys)
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=in_place
     )  # (B, H, T, E)
@@ -62,8 +56,10 @@ def attend(query, key, value, mask):
 
 
 def has_flash_attention(query):
-    """Whether flash attention takes this tensor: it alone reads shared kv heads in place, any other kernel would fall
-    back to a (B, H, T, T) product."""
+    """Whether flash attention takes this tensor, which reads shared kv heads in place, on CPUs as well. Any other kernel
+    would fall back to a (B, H, T, T) product."""
+    if query.device.type == "cpu":
+        return True
     if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
         return False
     return torch.cuda.get_device_capability(query.device)[0] >= 8

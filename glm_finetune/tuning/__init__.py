@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from glm_finetune.tuning.lora import add_lora
+from glm_finetune.tuning.ptuning import add_prefix
 from glm_finetune.tuning.select import train_all, train_named
 
 
@@ -15,12 +16,13 @@ from glm_finetune.tuning.select import train_all, train_named
 class TrainType:
     """apply(model, config, mode) -> the model with what learns set.
 
-    saves_adapter: only the adapter is saved. identity: flags that a run cannot change when it is resumed.
+    saves: "weights" (all), "adapter" (peft's files) or "prefix" (what learns, under its own names).
+    identity: flags that a run cannot change when it is resumed.
     """
 
     name: str
     apply: Callable
-    saves_adapter: bool = False
+    saves: str = "weights"
     identity: tuple = ()
 
 
@@ -34,14 +36,24 @@ def _lora(model, config, mode):
     return add_lora(model, config.lora_dim, config.lora_alpha, config.lora_dropout, targets, config.model_name_or_path)
 
 
+def _ptuning(model, config, mode):
+    return add_prefix(model, config.pre_seq_len, config.prefix_projection, config.prefix_dropout)
+
+
 TRAIN_TYPE = {
     train_type.name: train_type
     for train_type in (
-        TrainType("lora", _lora, saves_adapter=True, identity=("lora_dim", "lora_alpha", "lora_module_name")),
+        TrainType("lora", _lora, saves="adapter", identity=("lora_dim", "lora_alpha", "lora_module_name")),
         TrainType(
             "freeze",
             lambda model, config, mode: train_named(model, names_in(config.freeze_module_name)),
             identity=("freeze_module_name",),
+        ),
+        TrainType(
+            "ptuning",
+            _ptuning,
+            saves="prefix",
+            identity=("pre_seq_len", "prefix_projection"),
         ),
         TrainType("all", lambda model, config, mode: train_all(model)),
     )
