@@ -56,8 +56,10 @@ def attend(query, key, value, mask):
 
 
 def has_flash_attention(query):
-    """Whether flash attention takes this tensor, which reads shared kv heads in place, on CPUs as well. Any other kernel
-    would fall back to a (B, H, T, T) product."""
+    """Whether flash attention takes this tensor: it reads shared kv heads in place, on CPUs as well.
+
+    Any other kernel would fall back to a (B, H, T, T) product.
+    """
     if query.device.type == "cpu":
         return True
     if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
