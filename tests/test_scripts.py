@@ -288,6 +288,14 @@ def test_every_launcher_starts_the_same_training(launcher, checkpoints, data_fil
     assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer*"))
 
 
+@pytest.mark.slow
+def test_the_benchmark_runs_and_finds_both_models_equal():
+    command = [sys.executable, "benchmarks/step_time.py", "--quick", "--device", "cpu"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "logits differ by" in result.stdout and "Tokens/s x" in result.stdout
+
+
 def commands_in(text):
     """Argument lists of train.py, merge_lora.py and predict.py in a shell script or a README, line breaks joined."""
     for line in re.sub(r"\\+\n\s*", " ", text).splitlines():
