@@ -6,7 +6,7 @@
 source "$(dirname "$0")/setup.sh"
 
 out=output-quickstart
-adapter_glob="$out/epoch-*-step-200"
+adapter_glob="$out/epoch-*-step-300"
 rm -rf "$out" "$out-logs"
 mkdir -p "$out-logs"
 
@@ -24,7 +24,7 @@ echo "== train"
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then where=(--include localhost:0); else where=(--num_gpus 1); fi
 deepspeed "${where[@]}" --master_port "${MASTER_PORT:-29520}" train.py \
     --mode glm3 --train_type lora --model_name_or_path tiny_base --train_path data/spo_0.json --output_dir "$out" \
-    --max_len 160 --max_src_len 96 --per_device_train_batch_size 32 --max_steps 200 --learning_rate 5e-3 \
+    --max_len 160 --max_src_len 96 --per_device_train_batch_size 32 --max_steps 300 --learning_rate 5e-3 \
     --lora_dim 16 --lora_alpha 32 --lora_dropout 0 --lora_module_name query_key_value,dense,dense_h_to_4h,dense_4h_to_h \
     --ds_file ds_zero2_no_offload.json --precision fp32 --show_loss_step 20 --save_total_limit 1
 adapter=$(echo $adapter_glob)
