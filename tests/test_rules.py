@@ -100,9 +100,9 @@ def test_shipped_deepspeed_files_resolve_and_hold_memory_strategy_only(path):
     assert list(ds_json) == ["zero_optimization"]
     resolved = resolve(ds_json, config, 2, "bf16", "cuda")
     assert resolved["train_batch_size"] == 32 and resolved["bf16"]["enabled"]
-    assert ("offload" in path.name) == (
-        "offload_optimizer" in resolved["zero_optimization"]
-    ) or "no_offload" in path.name
+    zero, offloads = resolved["zero_optimization"], "no_offload" not in path.name
+    assert ("offload_optimizer" in zero) == offloads
+    assert ("offload_param" in zero) == (offloads and "zero3" in path.name)
 
 
 def test_importing_the_package_does_nothing_but_define():
