@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from glm_finetune import build, dist
+from glm_finetune import build, exits
 from glm_finetune.chat import chat_ids
-from glm_finetune.config import MergeConfig, parse
+from glm_finetune.config import MergeConfig
+from glm_finetune.flags import parse
 from glm_finetune.models.base import DTYPE_NAMES, DTYPES
 from glm_finetune.weights import file_dtypes, iter_tensors, write_json
 
@@ -136,4 +137,4 @@ def compare(model, samples):
 
 
 if __name__ == "__main__":
-    dist.exit_with_message(main)
+    exits.exit_with_message(main)

@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from glm_finetune import build, dist
+from glm_finetune import build, dist, exits
 from glm_finetune.chat import answer_ids, chat, chat_ids
-from glm_finetune.config import PredictConfig, parse
+from glm_finetune.config import PredictConfig
 from glm_finetune.data.formats import INSTRUCTION_FIELDS, instruction_messages, read_rows
+from glm_finetune.flags import parse
 from glm_finetune.metrics import triple_scores
 from glm_finetune.modes.spec import Limits
 from glm_finetune.weights import read_json, write_json
@@ -229,4 +230,4 @@ def answer_turn(model, tokenizer, source, config, query, history):
 
 
 if __name__ == "__main__":
-    dist.exit_with_message(main)
+    exits.exit_with_message(main)

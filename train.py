@@ -17,11 +17,13 @@ from functools import partial
 
 import torch
 
-from glm_finetune import build, checkpoint, dist, engine, state
-from glm_finetune.config import TrainConfig, parse
+from glm_finetune import build, checkpoint, dist, engine, exits, state, tuning
+from glm_finetune.config import TrainConfig
 from glm_finetune.data.dataset import collate, without_targets
 from glm_finetune.data.sampler import Progress, StepSampler
-from glm_finetune.ds_config import precision_of, read_ds_file, resolve
+from glm_finetune.ds_config import precision_of, read_ds_file, resolve, stage_of
+from glm_finetune.flags import parse, raise_together
+from glm_finetune.guard import Guard
 from glm_finetune.loss import IGNORE
 from glm_finetune.optim import lr_at, num_warmup_steps
 from glm_finetune.summary import start_lines
@@ -30,7 +32,7 @@ from glm_finetune.tracker import Meter, new_tracker, peak_gib
 
 @dataclasses.dataclass
 class Run:
-    """What the loop needs. progress: where it stands; collate(rows) -> batch; save(epoch, progress) -> path."""
+    """What the loop needs. progress: where it stands; collate(rows) -> batch; stop: see `exits.stop_request`."""
 
     config: TrainConfig
     engine: object
@@ -39,51 +41,54 @@ class Run:
     eval_rows: object
     collate: object
     device: torch.device
+    guard: Guard
     tracker: object
-    save: object
+    saver: object
     total_steps: int
     progress: Progress
+    stop: object
 
 
 def train(run):
-    """The training loop: optimizer steps from where the run stands to its end."""
-    config, progress, meter = run.config, run.progress, Meter(run.device)
-    warmup = num_warmup_steps(config.warmup_ratio, run.total_steps)
+    """The training loop: optimizer steps from where the run stands to its end, or until it is asked to stop."""
+    config, progress, meter = run.config, run.progress, Meter()
+    warmup = num_warmup_steps(config.warmup_ratio, config.warmup_steps, run.total_steps)
     run.engine.train()
     while progress.step < run.total_steps:
         lr = lr_at(
             progress.step + 1, config.learning_rate, run.total_steps, warmup, config.lr_scheduler, config.min_lr_ratio
         )
         for group in run.engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_ratio"]
 
-        batches = step_batches(run)
-        num_targets = torch.full((), float(sum(len(b["target_index"]) for b in batches)), device=run.device)
-        num_targets = dist.sum_over_ranks(num_targets).clamp_min(1)  # of the step: all micro-batches and ranks
+        slots = run.sampler.micro_batches(progress, dist.rank())
+        # An empty micro-batch becomes a row without targets, so that no rank waits for another.
+        batches = [run.collate([run.rows[i] for i in slot] or [without_targets(run.rows[0])]) for slot in slots]
+        counts = [sum(b["target_index"].numel() for b in batches), sum(b["input_ids"].numel() for b in batches)]
+        num_targets, num_tokens, stop = dist.sums_over_ranks([*counts, run.stop.requested], run.device)
+        run.guard.check_targets(progress.step + 1, num_targets, slots)
+        if stop:
+            break
+        losses = []
         for batch in batches:
             loss = run.engine(**to_device(batch, run.device), num_targets=num_targets, use_cache=False).loss
             # DeepSpeed divides by the micro-batches and averages over the ranks; both are undone.
             run.engine.backward(loss * (len(batches) * dist.world_size()))
-            run.engine.step()
-            meter.add(loss.detach() * num_targets, batch)
+            run.engine.step()  # the last one changes the weights, unless the gradient is not finite
+            losses.append(loss.detach())
 
+        (loss,) = dist.sums_over_ranks([torch.stack(losses).double().sum()], run.device)
         epoch = progress.epoch + 1
         ends_epoch = run.sampler.advance(progress) or progress.step == run.total_steps
+        if run.guard.accepts(progress.step, loss, losses, slots):
+            meter.add(loss, num_targets, num_tokens)
         run.tracker.step()
         saves = ends_epoch or (config.save_model_step and progress.step % config.save_model_step == 0)
         if saves or progress.step % config.show_loss_step == 0:
-            log(run, lr, meter)  # looks at the loss: nothing is saved of a run that diverged
+            log(run, lr, meter)
         if saves:
-            if run.eval_rows is not None:
-                run.tracker.log(progress.step, eval_loss=evaluate(run))
-            run.tracker.say(f"saved {run.save(epoch, progress)}")
+            save(run, epoch)
             meter.start()
-
-
-def step_batches(run):
-    """This rank's micro-batches of a step; an empty one becomes a row without targets, so that no rank waits."""
-    slots = run.sampler.micro_batches(run.progress, dist.rank())
-    return [run.collate([run.rows[i] for i in slot] or [without_targets(run.rows[0])]) for slot in slots]
 
 
 def to_device(batch, device):
@@ -91,37 +96,39 @@ def to_device(batch, device):
 
 
 def log(run, lr, meter):
-    """One line of numbers. All ranks must call. Raises FloatingPointError for a loss that is not a number."""
-    step, epoch = run.progress.step, run.progress.epoch + run.progress.rows / len(run.rows)
+    """One line of numbers. All ranks must call."""
     loss, tokens_per_s = meter.read()
-    grad_norm = float(run.engine.get_global_grad_norm() or 0.0)  # inf where fp16 overflowed and the step was skipped
-    if not loss < float("inf"):
-        raise FloatingPointError(
-            f"the loss is {loss} at step {step}: lower --learning_rate, or use --precision bf16 or fp32."
-        )
+    counts = {"skipped_fp16": run.guard.skipped, "skipped_nonfinite": run.guard.nonfinite}
     run.tracker.log(
-        step,
-        epoch=epoch,
+        run.progress.step,
+        epoch=run.progress.epoch + run.progress.rows / len(run.rows),
         loss=loss,
         lr=lr,
-        grad_norm=grad_norm,
+        grad_norm=float(run.engine.get_global_grad_norm() or 0.0),  # inf where fp16 overflowed
         tokens_per_s=tokens_per_s,
         peak_gib=peak_gib(run.device),
+        **{name: count for name, count in counts.items() if count},
     )
     meter.start()
+
+
+def save(run, epoch):
+    """Evaluate where there is data for it, then write a checkpoint. All ranks must call."""
+    eval_loss = evaluate(run) if run.eval_rows is not None else None
+    if eval_loss is not None:
+        run.tracker.log(run.progress.step, eval_loss=eval_loss)
+    run.tracker.say(f"saved {run.saver.save(epoch, run.progress, eval_loss)}")
 
 
 @torch.no_grad()
 def evaluate(run):
     """Mean loss of a target token of the evaluation data. All ranks must call."""
     run.engine.eval()
-    size, world = run.config.per_device_train_batch_size, dist.world_size()
+    rows, size, world = run.eval_rows, run.config.per_device_train_batch_size, dist.world_size()
     sums = torch.zeros(2, device=run.device, dtype=torch.float64)  # loss, targets
-    for start in range(0, len(run.eval_rows), size * world):
-        rows = [
-            run.eval_rows[i] for i in range(start + dist.rank(), min(start + size * world, len(run.eval_rows)), world)
-        ]
-        batch = to_device(run.collate(rows or [without_targets(run.eval_rows[0])]), run.device)
+    for start in range(0, len(rows), size * world):
+        part = [rows[i] for i in range(start + dist.rank(), min(start + size * world, len(rows)), world)]
+        batch = to_device(run.collate(part or [without_targets(rows[0])]), run.device)
         loss = run.engine(**batch, num_targets=1, use_cache=False).loss
         sums += torch.stack((loss.double(), (batch["labels"][:, 1:] != IGNORE).sum().double()))
     loss, targets = dist.sum_over_ranks(sums).tolist()
@@ -137,48 +144,54 @@ def main():
     engine.launch_environment()
     world_size, device = int(os.environ["WORLD_SIZE"]), dist.choose_device(config.device)
     ds_json = read_ds_file(config.ds_file)
+    raise_together(tuning.problems(config, train_type, stage_of(ds_json)))
     precision = dist.choose_precision(config.precision or precision_of(ds_json), device)
-    ds_config = resolve(ds_json, config, world_size, precision, device.type)
-    tokenizer, base_config = build.check_base(mode, config.model_name_or_path, config.max_len)
-    limits = dict(
-        max_len=config.max_len, max_src_len=config.max_src_len, is_skip=config.is_skip, progress=dist.is_main()
-    )
-    rows = mode.dataset(config.train_path, tokenizer, **limits)
-    eval_rows = mode.dataset(config.eval_path, tokenizer, **limits) if config.eval_path else None
-    sampler = StepSampler(
-        len(rows), config.per_device_train_batch_size, config.gradient_accumulation_steps, world_size, config.seed
-    )
-    collate_rows = partial(collate, pad_token_id=tokenizer.pad_token_id, positions=mode.positions)
+    ds_config = resolve(ds_json, config, world_size, precision, device.type, train_type.fp32)
+    with exits.memory_advice(config, ds_config["zero_optimization"], train_type.quantizes):
+        return build_and_train(config, mode, train_type, ds_config, precision, device)
 
+
+def build_and_train(config, mode, train_type, ds_config, precision, device):
+    """Everything from the data to the last checkpoint. Returns the exit code."""
+    tokenizer, _ = build.check_base(mode, config.model_name_or_path, config.max_len)
+    rows, eval_rows, sampler = build.load_data(config, mode, tokenizer)
+    collate_rows = partial(collate, pad_token_id=tokenizer.pad_token_id, positions=mode.positions)
     engine.start(device)
+    exits.forget_errors()
     engine.check(ds_config)
-    record = checkpoint.train_record(config, train_type, tokenizer, world_size)
+    record = checkpoint.train_record(config, train_type, tokenizer, dist.world_size())
     resume_from = checkpoint.choose_resume(config, record)
     dist.seed_all(config.seed)
-    model = build.load_base(mode, config.model_name_or_path, precision, device, config.gradient_checkpointing)
+    place = build.choose_place(config, train_type, ds_config, precision, device)
+    model = build.load_base(mode, config.model_name_or_path, place, config.gradient_checkpointing)
     model = train_type.apply(model, config, mode)
-    ds_engine = engine.new_engine(model, ds_config, config.weight_decay)
-    progress = Progress()
+    ds_engine = engine.new_engine(model, ds_config, config.weight_decay, config.loraplus_ratio)
+    progress, numbers, lock = Progress(), {}, checkpoint.lock(config.output_dir)
     if resume_from:
         nothing = to_device(collate_rows([without_targets(rows[0])]), device)
-        progress = state.restore(ds_engine, resume_from / state.FOLDER, nothing, config.seed, device)
+        progress, numbers = state.restore(ds_engine, resume_from / state.FOLDER, nothing, config.seed, device)
     else:
         checkpoint.create_output_dir(config.output_dir)  # not before: what fails must not cost the old results
         dist.seed_all(config.seed + dist.rank())  # dropout differs between ranks
     total_steps = config.max_steps or sampler.total_steps(progress, config.num_train_epochs)
-    settings = (config, ds_config, model, rows, eval_rows, tokenizer, sampler, total_steps, device, precision)
-    dist.print_main(start_lines(*settings), *([f"\nresumed from {resume_from}: {progress}"] if resume_from else []))
+    settings = (config, train_type, ds_config, model, rows, eval_rows, tokenizer, sampler, total_steps)
+    dist.print_main(start_lines(*settings, device, precision, resume_from, progress))
+    guard = Guard(ds_engine, config, train_type, rows.where)
     tracker = new_tracker(config, total_steps, progress.step)
-
-    def save(epoch, progress):
-        return checkpoint.save(
-            ds_engine, tokenizer, train_type, config.output_dir, epoch, progress, record, config.save_total_limit
-        )
-
-    train(Run(config, ds_engine, sampler, rows, eval_rows, collate_rows, device, tracker, save, total_steps, progress))
+    saver = checkpoint.Saver(ds_engine, tokenizer, train_type, config, record, lock, numbers.get("best"))
+    parts = (config, ds_engine, sampler, rows, eval_rows, collate_rows, device, guard, tracker, saver)
+    with exits.stop_request() as stop:
+        run = Run(*parts, total_steps, progress, stop)
+        train(run)
+        stopped = progress.step < total_steps
+        if stopped:
+            saved = saver.save(progress.epoch + 1, progress)
+            tracker.say(f"asked to stop after step {progress.step}: saved {saved}; --resume auto goes on from there")
+        saver.wait()
     tracker.close()
     engine.finish(ds_engine)
+    return exits.RESUME_ME if stopped else 0
 
 
 if __name__ == "__main__":
-    dist.exit_with_message(main)
+    exits.exit_with_message(main)

@@ -4,28 +4,66 @@ source = find_source("output/epoch-1-step-100")        # what a folder is, and w
 tokenizer, model = load_source(source, torch.bfloat16, device)
 """
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from glm_finetune.config import raise_together, unknown_choice
+from glm_finetune import dist
+from glm_finetune.data.sampler import StepSampler
+from glm_finetune.engine import Partitioned
+from glm_finetune.flags import raise_together, unknown_choice
 from glm_finetune.models.base import DTYPES
 from glm_finetune.modes import MODE
 from glm_finetune.tuning import TRAIN_TYPE
 from glm_finetune.tuning.lora import load_adapter
-from glm_finetune.tuning.ptuning import load_prefix
-from glm_finetune.weights import read_json, weight_files
+from glm_finetune.tuning.ptuning import is_prefix_folder, load_prefix
+from glm_finetune.tuning.quantize import Quantized
+from glm_finetune.weights import OnDevice, read_json, weight_files
 
 
 def choose(config):
-    """TrainConfig -> (Mode, TrainType). Raises ValueError with the nearest name for what is not registered."""
+    """TrainConfig -> (Mode, TrainType); fills in the defaults that depend on the train type.
+
+    Raises ValueError with the nearest name for what is not registered.
+    """
     raise_together(
         [
             *unknown_choice("mode", config.mode, tuple(MODE)),
             *unknown_choice("train_type", config.train_type, tuple(TRAIN_TYPE)),
         ]
     )
-    return MODE[config.mode], TRAIN_TYPE[config.train_type]
+    train_type = TRAIN_TYPE[config.train_type]
+    if config.learning_rate is None:
+        config.learning_rate = train_type.learning_rate(config)
+    return MODE[config.mode], train_type
+
+
+def load_data(config, mode, tokenizer):
+    """(rows, evaluation rows or None, sampler) of a run. Raises ValueError for fewer samples than ranks."""
+    limits = dict(
+        max_len=config.max_len, max_src_len=config.max_src_len, is_skip=config.is_skip, progress=dist.is_main()
+    )
+    rows = mode.dataset(config.train_path, tokenizer, **limits)
+    eval_rows = mode.dataset(config.eval_path, tokenizer, **limits) if config.eval_path else None
+    world_size = int(os.environ["WORLD_SIZE"])
+    if len(rows) < world_size:
+        raise ValueError(
+            f"--train_path {config.train_path}: {len(rows)} samples for {world_size} ranks, some would have nothing to "
+            "do. Start fewer ranks or give more data."
+        )
+    per_step = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    return rows, eval_rows, StepSampler(len(rows), *per_step, world_size, config.seed)
+
+
+def choose_place(config, train_type, ds_config, precision, device):
+    """Where the base's weights go as they are read: divided (ZeRO-3), quantised, or whole onto `device`."""
+    dtype = DTYPES[precision]
+    if ds_config["zero_optimization"]["stage"] == 3:
+        return Partitioned(dtype, device, ds_config)
+    if train_type.quantizes:
+        return Quantized(dtype, device, config.quantization_bit)
+    return OnDevice(dtype, device)
 
 
 def check_base(mode, folder, max_len=0):
@@ -71,9 +109,10 @@ def check_base(mode, folder, max_len=0):
     return tokenizer, config
 
 
-def load_base(mode, folder, precision, device, gradient_checkpointing=False):
-    """The base model in `precision` on `device`, in eval mode. Raises ValueError for weights that do not fit."""
-    model = mode.model.from_pretrained(folder, dtype=DTYPES[precision], device=device)
+def load_base(mode, folder, place, gradient_checkpointing=False):
+    """The base model, its weights where `choose_place` says, in eval mode. Raises ValueError for weights that do not
+    fit."""
+    model = mode.model.from_pretrained(folder, place=place)
     if gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         model.disable_input_require_grads()  # it would carry the backward pass below the lowest layer that learns
@@ -107,7 +146,7 @@ def find_source(folder, mode_name=None, base=None, template=None):
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder.")
     record = read_json(folder / "train_config.json") if (folder / "train_config.json").is_file() else {}
-    is_prefix = record.get("saves") == "prefix"
+    is_prefix = record.get("saves") == "prefix" or is_prefix_folder(folder)
     is_adapter = is_prefix or (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
     base = Path(base or _recorded_base(folder, record)) if is_adapter else folder
     mode = MODE.get(mode_name or record.get("mode") or _mode_of(base))
@@ -155,7 +194,7 @@ def _mode_of(base):
 def load_source(source, precision, device):
     """Tokenizer and model of a `find_source` result, ready to generate."""
     tokenizer, _ = check_base(source.mode, source.base)
-    model = load_base(source.mode, source.base, precision, device)
+    model = load_base(source.mode, source.base, OnDevice(DTYPES[precision], device))
     if source.adapter is None:
         return tokenizer, model
     return tokenizer, load_prefix(model, source.adapter) if source.is_prefix else load_adapter(model, source.adapter)

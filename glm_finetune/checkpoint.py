@@ -4,18 +4,21 @@ The only file that knows how ZeRO-3 gathers. A checkpoint is written under a tem
 """
 
 import dataclasses
+import fcntl
 import hashlib
 import importlib.metadata
 import os
 import re
 import shutil
+import socket
 from itertools import chain
 from pathlib import Path
-
-from peft import get_peft_model_state_dict
+from threading import Thread
 
 from glm_finetune import dist, state
 from glm_finetune.engine import whole
+from glm_finetune.tuning.lora import exported
+from glm_finetune.tuning.ptuning import write_prefix
 from glm_finetune.weights import read_json, write_json, write_tensors, write_text
 
 FORMAT_VERSION = 1
@@ -58,7 +61,7 @@ def create_output_dir(output_dir):
 def _is_result(path):
     return (
         bool(re.fullmatch(CHECKPOINT, path.name))
-        or path.name in ("metrics.jsonl", "runs", "latest")
+        or path.name in ("metrics.jsonl", "runs", "latest", "best")
         or (path.name.startswith(TEMPORARY))
     )
 
@@ -97,46 +100,129 @@ def gathered(model, trainable_only):
                 yield name, parameter.detach().cpu()
 
 
-def save(engine, tokenizer, train_type, output_dir, epoch, progress, record, total_limit=None):
-    """Write output_dir/epoch-E-step-S/ and point `latest` to it; returns its path. All ranks must call.
+class Saver:
+    """Writes the checkpoints of a run, in the background where --async_save says so. All ranks must call its methods.
 
-    epoch: counted from 1, of the last row. progress: where to go on. record: `train_record`.
-    Raises OSError on every rank when rank 0 cannot write; earlier checkpoints stay as they are.
+    best: {"step", "eval_loss", "checkpoint"} of the lowest loss on the evaluation data so far, or None.
     """
-    target = Path(output_dir) / f"epoch-{epoch}-step-{progress.step}"
-    if dist.from_main(target.is_dir()):
+
+    def __init__(self, engine, tokenizer, train_type, config, record, lock, best=None):
+        """record: `train_record`. lock: of `lock`, held as long as this lives. best: of an earlier run."""
+        self.engine, self.tokenizer, self.train_type, self.config = engine, tokenizer, train_type, config
+        self.record, self.best = record, best
+        self.lock, self.thread, self.problem = lock, None, None
+
+    def save(self, epoch, progress, eval_loss=None):
+        """Write output_dir/epoch-E-step-S/ and point `latest` to it; returns its path.
+
+        epoch: counted from 1, of the last row. progress: where to go on. eval_loss: on the evaluation data, or None.
+        Raises OSError on every rank when rank 0 cannot write; earlier checkpoints stay as they are.
+        """
+        target = Path(self.config.output_dir) / f"epoch-{epoch}-step-{progress.step}"
+        self.wait()
+        if dist.from_main(target.is_dir()):
+            return target
+        if eval_loss is not None and (self.best is None or eval_loss < self.best["eval_loss"]):
+            self.best = {"step": progress.step, "eval_loss": eval_loss, "checkpoint": target.name}
+        record = {**self.record, "epoch": epoch, "step": progress.step}
+        numbers = {**state.numbers_of(self.engine, progress), "best": self.best}
+        weights = gathered(self.engine.module, trainable_only=self.train_type.saves != "weights")
+        tensors, randoms = state.tensors_of(self.engine), state.random_states(self.engine.device)
+        if self.config.async_save:
+            weights, tensors = _copies(weights), _copies(tensors)
+        parts = (target, weights, tensors, randoms, numbers, record)
+        if self.config.async_save and dist.is_main():
+            self.thread = Thread(target=self._write, args=parts)
+            self.thread.start()
+        elif not self.config.async_save:
+            if dist.is_main():
+                self._write(*parts)
+            for _ in chain(weights, tensors):  # ranks that do not write take part in the gathering all the same
+                pass
+            self.wait()
         return target
-    weights = gathered(engine.module, trainable_only=train_type.saves != "weights")
-    tensors, randoms, problem = state.tensors_of(engine), state.random_states(engine.device), None
-    if dist.is_main():
-        temporary = Path(output_dir) / (TEMPORARY + target.name)
+
+    def wait(self):
+        """Until what is being written in the background is complete. Raises OSError on every rank if it failed."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+        problem, self.problem = self.problem, None
+        dist.all_agree(problem)
+
+    def _write(self, target, weights, tensors, randoms, numbers, record):
+        temporary = target.with_name(TEMPORARY + target.name)
         try:
             shutil.rmtree(temporary, ignore_errors=True)
-            _write_model(engine.module, tokenizer, train_type, temporary, weights)
-            state.write(temporary / state.FOLDER, tensors, randoms, engine, progress)
-            write_json({**record, "epoch": epoch, "step": progress.step}, temporary / "train_config.json")
+            _write_model(self.engine.module, self.tokenizer, self.train_type, temporary, weights)
+            state.write(temporary / state.FOLDER, tensors, randoms, numbers)
+            write_json(record, temporary / "train_config.json")
             write_manifest(temporary)
             os.replace(temporary, target)
-            write_text(target.name, Path(output_dir) / "latest")
+            write_text(target.name, target.with_name("latest"))
+            if numbers["best"]:
+                write_text(numbers["best"]["checkpoint"], target.with_name("best"))
+            if self.config.save_total_limit:
+                forget_old(target.parent, self.config.save_total_limit, numbers["best"])
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            problem = f"saving {target} failed: {error}. Earlier checkpoints are untouched."
-    for _ in chain(weights, tensors):  # ranks that do not write take part in the gathering all the same
-        pass
-    dist.all_agree(problem)
-    if dist.is_main() and total_limit:
-        for old in checkpoints(output_dir)[:-total_limit]:
-            shutil.rmtree(old)
-    return target
+            self.problem = f"saving {target} failed: {error}. Earlier checkpoints are untouched."
+
+
+def _copies(entries):
+    """[(name, copy)] that training does not change; on CPUs what is gathered is the parameter itself."""
+    return [(name, tensor.clone()) for name, tensor in entries]
+
+
+def lock(output_dir):
+    """Hold output_dir for this run until its process ends; returns rank 0's open file. All ranks must call.
+
+    Raises ValueError on every rank if another run holds it.
+    """
+    file, problem = None, None
+    if dist.is_main():
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        file = open(Path(output_dir) / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held as long as the run)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        except BlockingIOError:
+            file.seek(0)
+            problem = f"--output_dir {output_dir}: another run ({file.read()}) is writing to it. Choose another folder."
+    problem = dist.from_main(problem)
+    if problem:
+        raise ValueError(problem)
+    return file
+
+
+def forget_old(output_dir, limit, best):
+    """Delete all but the newest `limit` whole checkpoints and the best one (`Saver.best` or None)."""
+    whole = [folder for folder in checkpoints(output_dir) if not _missing_bytes(folder)]
+    for old in whole[:-limit]:
+        if not best or old.name != best["checkpoint"]:
+            gone = old.with_name(TEMPORARY + old.name)  # a half-deleted one must not look like a checkpoint
+            os.replace(old, gone)
+            shutil.rmtree(gone)
+
+
+def _missing_bytes(folder):
+    """Whether a file of a checkpoint is missing or of another size; a look at the names only, fast."""
+    if not (folder / MANIFEST).is_file():
+        return True
+    sizes = ((folder / name, value["bytes"]) for name, value in read_json(folder / MANIFEST).items())
+    return any(not path.is_file() or path.stat().st_size != size for path, size in sizes)
 
 
 def _write_model(model, tokenizer, train_type, folder, weights):
     folder.mkdir(parents=True)
     if train_type.saves == "adapter":
-        adapter = get_peft_model_state_dict(model, state_dict=dict(weights))
-        write_tensors(adapter, folder / "adapter_model.safetensors")
-        settings = dataclasses.replace(model.peft_config["default"], inference_mode=True)
+        tensors, settings = exported(model, dict(weights))
+        write_tensors(tensors, folder / "adapter_model.safetensors")
         settings.save_pretrained(str(folder))
+    elif train_type.saves == "prefix":
+        write_prefix(model, dict(weights), folder)
     else:
         model.save_weights(folder, weights)
     tokenizer.save_pretrained(folder)
@@ -198,6 +284,7 @@ def choose_resume(config, record):
             folder = find_resume(config.resume, config.output_dir)
             if folder:
                 check_same_run(folder, record, config.force)
+                _check_steps(folder, config.max_steps)
         except ValueError as error:
             problem = str(error)
     folder, problem = dist.from_main((folder, problem))
@@ -229,6 +316,14 @@ def check_same_run(folder, record, force):
     if different:
         hint = "" if force else " Where that is meant, add --force (not for mode and train type)."
         raise ValueError(f"--resume {folder} is of another run: {'; '.join(different)}.{hint}")
+
+
+def _check_steps(folder, max_steps):
+    done = read_json(Path(folder) / "train_config.json")["step"]
+    if max_steps and max_steps < done:
+        raise ValueError(
+            f"--max_steps {max_steps}: {folder} has {done} steps behind it already. Raise it, or leave out."
+        )
 
 
 def checkpoints(output_dir):

@@ -1,82 +1,86 @@
-"""Every flag of every script, once. A field of a dataclass is a flag; the parser is generated from the fields.
+"""Every flag of every script, once. A field of a dataclass is a flag; `flags.parse` generates the parser from them."""
 
-config = parse(TrainConfig, sys.argv[1:])   # or a ValueError that lists every problem at once
-"""
+from dataclasses import dataclass
 
-import argparse
-import dataclasses
-import difflib
-import math
-import types
-import typing
-from dataclasses import dataclass, field
+from glm_finetune.flags import flag, unknown_choice
 
 DEFAULT_DS_FILE = "ds_zero2_no_offload.json"
 MIN_PROMPT = 32  # tokens of a prompt in prediction, at least; fewer would cut every question to nothing
-
-
-def flag(help, default=dataclasses.MISSING, choices=None):
-    """A dataclass field with what `--help` says of it."""
-    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass(kw_only=True)
 class TrainConfig:
     """Flags of train.py. Names and defaults are ChatGLM-Finetuning's, except where its default could not run."""
 
-    mode: str = flag(
-        "member of the family: glm (ChatGLM-6B), glm2 (ChatGLM2-6B, CodeGeeX2), glm3 (ChatGLM3-6B)", "glm2"
+    given = frozenset()  # names of the flags that were set; see `flags.parse`
+
+    config: str | None = flag(
+        "YAML or JSON file of flags, or train_config.json of a run; the command line wins", None, "settings"
     )
+
+    mode: str = flag("glm (ChatGLM-6B), glm2 (ChatGLM2-6B, CodeGeeX2) or glm3 (ChatGLM3-6B)", "glm2", "model and data")
     model_name_or_path: str = flag("folder of the base checkpoint (config.json, weights, tokenizer)")
     train_path: str = flag("training data: JSONL or a JSON array of instruction / input / output")
     eval_path: str | None = flag("data to compute the loss on at every save, in the same format", None)
-    output_dir: str = flag("folder for checkpoints, logs and TensorBoard files")
-    overwrite_output_dir: bool = flag("start although output_dir holds results; they are deleted", False)
-
-    resume: str | None = flag(
-        "auto (the newest whole checkpoint in output_dir, if any) or a folder epoch-E-step-S", None
-    )
-    force: bool = flag("with --resume: go on although data, tokenizer, base or lengths differ", False)
-
     max_len: int = flag("tokens of a sample; longer answers are cut", 1024)
     max_src_len: int = flag("tokens of a question; longer ones are cut, keeping their ending", 256)
     is_skip: bool = flag("leave out samples that do not fit instead of cutting them", False)
 
-    train_type: str = flag("what is trained: lora, ptuning (a prefix), freeze (some layers) or all", "lora")
+    output_dir: str = flag("folder for checkpoints, logs and TensorBoard files", group="output and resuming")
+    overwrite_output_dir: bool = flag("start although output_dir holds results; they are deleted", False)
+    resume: str | None = flag("auto (newest whole checkpoint in output_dir, if any) or a folder epoch-E-step-S", None)
+    force: bool = flag("with --resume: go on although data, tokenizer, base or lengths differ", False)
+    show_loss_step: int = flag("optimizer steps between two log lines", 10)
+    save_model_step: int | None = flag("also save every so many optimizer steps, not only after each epoch", None)
+    save_total_limit: int | None = flag("keep this many of the newest checkpoints, and the best", None)
+    async_save: bool = flag("write checkpoints in the background; takes a copy of what is saved in host memory", False)
+    logging_dir: str | None = flag("folder for TensorBoard; default: output_dir/runs", None)
+
+    train_type: str = flag(
+        "what is trained: lora, qlora (base in 4 or 8 bit), ptuning (a prefix), freeze (some layers) or all",
+        "lora",
+        "what is trained",
+    )
     lora_dim: int = flag("LoRA rank", 8)
     lora_alpha: float = flag("LoRA scale: the update is multiplied by alpha / rank", 30)
     lora_dropout: float = flag("dropout in front of the LoRA matrices", 0.1)
     lora_module_name: str | None = flag(
-        "comma list of layers that get LoRA; default: the mode's (query_key_value)", None
+        "comma list of layers that get LoRA, or all-linear; default: the mode's (query_key_value)", None
     )
-    freeze_module_name: str = flag("comma list of parts of parameter names that stay trainable", "layers.27.")
-
+    lora_variant: str = flag("lora, dora, rslora (scale alpha / sqrt(rank)) or pissa", "lora")
+    loraplus_ratio: float | None = flag("LoRA+: the B matrices' learning rate, as a multiple of the A matrices'", None)
+    modules_to_save: str | None = flag("comma list of modules that are trained whole beside LoRA", None)
+    quantization_bit: int = flag("bits of the base under qlora: 4 (nf4, double quantisation) or 8", 4)
+    freeze_module_name: str | None = flag(
+        "comma list of parts of parameter names that stay trainable under freeze; default: layers.27.", None
+    )
+    freeze_last: int | None = flag("instead: the last so many layers stay trainable", None)
+    ptuning_version: int = flag("2: keys and values in front of every layer; 1: embeddings at the input only", 2)
     pre_seq_len: int = flag("tokens of the P-tuning prefix", 16)
-    prefix_projection: bool = flag("compute the P-tuning prefix through an MLP", True)
+    prefix_projection: bool = flag("compute the P-tuning prefix through an encoder (version 1: LSTM and MLP)", True)
     prefix_dropout: float = flag("dropout of the P-tuning prefix", 0.1)
 
-    per_device_train_batch_size: int = flag("samples of a micro-batch on each card", 16)
+    per_device_train_batch_size: int = flag("samples of a micro-batch on each card", 16, "optimization")
     gradient_accumulation_steps: int = flag("micro-batches of an optimizer step", 1)
     num_train_epochs: int = flag("passes over the data", 1)
     max_steps: int | None = flag("stop after this many optimizer steps; the schedule ends there", None)
-    learning_rate: float = flag("peak learning rate", 1e-3)
+    learning_rate: float | None = flag("peak learning rate; default: that of the train type's recipe", None)
     lr_scheduler: str = flag("shape after the warm-up: linear, cosine or constant", "linear")
     warmup_ratio: float = flag("share of all steps in which the learning rate rises", 0.1)
+    warmup_steps: int | None = flag("instead: steps in which the learning rate rises", None)
     min_lr_ratio: float = flag("the schedule ends at this share of the peak", 0.1)
     weight_decay: float = flag("decoupled weight decay of matrices (biases and norms have none)", 0.1)
     max_grad_norm: float = flag("gradients are scaled down to this norm; 0 = never", 1.0)
+    on_nonfinite: str = flag("when loss or gradient is inf or nan: stop, or skip the step on all ranks", "stop")
+    max_nonfinite: int = flag("with --on_nonfinite skip: stop after so many skipped steps", 10)
     seed: int = flag("of data order, dropout and new weights", 1234)
 
-    precision: str | None = flag("bf16, fp16 or fp32; default: the best the card can do (fp32 on a CPU)", None)
+    precision: str | None = flag(
+        "bf16, fp16 or fp32; default: the best the card can do (fp32 on a CPU)", None, "memory and devices"
+    )
     gradient_checkpointing: bool = flag("compute activations again in the backward pass instead of keeping them", False)
     ds_file: str = flag("DeepSpeed file (memory strategy); a bare name is looked up in ds_configs/", DEFAULT_DS_FILE)
     device: str | None = flag("cuda or cpu; default: cuda where there is a card", None)
-
-    show_loss_step: int = flag("optimizer steps between two log lines", 10)
-    save_model_step: int | None = flag("also save every so many optimizer steps, not only after each epoch", None)
-    save_total_limit: int | None = flag("keep this many of the newest checkpoints", None)
-    logging_dir: str | None = flag("folder for TensorBoard; default: output_dir/runs", None)
-
     local_rank: int = flag("set by the deepspeed launcher", -1)
     deepspeed: bool = flag("accepted for old scripts; training always uses DeepSpeed", False)
     deepspeed_config: str | None = flag("another name for --ds_file", None)
@@ -106,6 +110,9 @@ class TrainConfig:
             "save_total_limit",
             "learning_rate",
             "lora_alpha",
+            "loraplus_ratio",
+            "freeze_last",
+            "max_nonfinite",
         )
         for name in positive:
             value = getattr(self, name)
@@ -114,10 +121,10 @@ class TrainConfig:
         for name in ("warmup_ratio", "min_lr_ratio", "lora_dropout", "prefix_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 yield f"--{name} {getattr(self, name)}: must be between 0 and 1."
-        for name in ("weight_decay", "max_grad_norm"):
-            if getattr(self, name) < 0:
+        for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
+            if (getattr(self, name) or 0) < 0:
                 yield f"--{name} {getattr(self, name)}: must not be negative."
-        for name in ("lora_module_name", "freeze_module_name"):
+        for name in ("lora_module_name", "freeze_module_name", "modules_to_save"):
             value = getattr(self, name)
             if value is not None and not value.strip(", "):
                 yield f"--{name} {value!r}: names nothing. Give names with commas between them, or leave the flag out."
@@ -126,8 +133,13 @@ class TrainConfig:
             ("lr_scheduler", ("linear", "cosine", "constant")),
             ("device", ("cuda", "cpu")),
             ("precision", ("bf16", "fp16", "fp32")),
+            ("on_nonfinite", ("stop", "skip")),
+            ("ptuning_version", (1, 2)),
+            ("quantization_bit", (4, 8)),
         ):
             yield from unknown_choice(name, getattr(self, name), allowed)
+        if self.warmup_steps is not None and "warmup_ratio" in self.given:
+            yield "--warmup_steps and --warmup_ratio both say how long the warm-up is: give one of them."
 
 
 @dataclass(kw_only=True)
@@ -197,91 +209,7 @@ class PredictConfig:
             yield "--input goes with --instruction only."
 
 
-def unknown_choice(name, value, allowed):
-    """Yield a problem, with the nearest allowed value, unless `value` is None or allowed."""
-    if value is not None and value not in allowed:
-        near = difflib.get_close_matches(str(value).lower(), allowed, 1, cutoff=0.7)
-        yield f"--{name} {value!r}: must be one of {', '.join(allowed)}." + (
-            f" Did you mean {near[0]}?" if near else ""
-        )
-
-
 def bad_seed(seed):
     """Yield a problem unless numpy and torch both take the seed."""
     if not 0 <= seed < 2**32:
         yield f"--seed {seed}: must be between 0 and {2**32 - 1}."
-
-
-def parse_float(text):
-    """Text -> float; Python's own float() also takes nan and inf, which pass comparisons and poison every weight."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"expected a finite number, not {text!r}")
-    return value
-
-
-def parse_bool(text):
-    """True, false, 1, no, ... as text -> bool; the original took any non-empty text for True."""
-    if text.lower() in ("true", "1", "yes", "y", "on"):
-        return True
-    if text.lower() in ("false", "0", "no", "n", "off"):
-        return False
-    raise argparse.ArgumentTypeError(f"expected True or False, not {text!r}")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(f"{message.removeprefix('argument ')}. --help says what each flag takes.")
-
-
-def parse(config_class, arguments, description=None):
-    """Arguments -> config_class; of a flag given twice the last counts, so that scripts can end in "$@".
-
-    Raises ValueError naming every unknown flag (with the nearest) and every problem.
-    """
-    parser = _Parser(
-        description=description or config_class.__doc__.splitlines()[0],
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    required = {
-        item.name: item.metadata["help"]
-        for item in dataclasses.fields(config_class)
-        if item.default is dataclasses.MISSING
-    }
-    for item in dataclasses.fields(config_class):
-        kind = _value_type(item.type)
-        options = {"type": {bool: parse_bool, float: parse_float}.get(kind, kind), "help": item.metadata["help"]}
-        options |= {"nargs": "?", "const": True} if kind is bool else {}
-        options["default"] = None if item.name in required else item.default
-        parser.add_argument(f"--{item.name}", **options)
-    values, unknown = parser.parse_known_args(arguments)
-    names = [f"--{item.name}" for item in dataclasses.fields(config_class)]
-    problems = [_unknown_flag(text, names) for text in unknown if text.startswith("-")]
-    problems += [f"{text!r} belongs to no flag." for text in unknown if not text.startswith("-") and not problems]
-    problems += [f"--{name} must be given: {what}." for name, what in required.items() if not getattr(values, name)]
-    config = config_class(**vars(values))
-    raise_together([*problems, *config.problems()])
-    return config
-
-
-def _unknown_flag(text, names):
-    near = difflib.get_close_matches(text.split("=")[0], names, 1)
-    return f"unknown flag {text}." + (f" Did you mean {near[0]}?" if near else " --help lists them.")
-
-
-def _value_type(annotation):
-    """int | None -> int."""
-    if isinstance(annotation, types.UnionType):
-        return next(part for part in typing.get_args(annotation) if part is not type(None))
-    return annotation
-
-
-def raise_together(problems):
-    """Raise one ValueError with every problem, if there is any."""
-    problems = list(problems)
-    if problems:
-        raise ValueError("\n".join(problems))

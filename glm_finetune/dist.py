@@ -2,8 +2,6 @@
 
 import os
 import random
-import sys
-import time
 
 import numpy
 import torch
@@ -34,6 +32,15 @@ def sum_over_ranks(tensor):
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def sums_over_ranks(values, device):
+    """Sums of Python or tensor scalars over all ranks, as floats (exact for whole numbers). All ranks must call.
+
+    CPU-GPU sync.
+    """
+    values = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
+    return sum_over_ranks(values).tolist()
 
 
 def barrier():
@@ -118,23 +125,3 @@ def seed_all(seed):
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def exit_with_message(main):
-    """Run a script's main(); the user's fault becomes a message and exit code 2, not a traceback.
-
-    Until the ranks have joined those of a machine fail alike, and the first speaks for them; after that each speaks for
-    itself. With GLM_FINETUNE_TRACEBACK=1 in the environment there is a traceback after all.
-    """
-    try:
-        main()
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("GLM_FINETUNE_TRACEBACK"):
-            raise
-        if is_main():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        elif dist.is_initialized() or os.environ.get("LOCAL_RANK") == "0":  # the first rank of another machine
-            print(f"error on rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
-        if not is_main():
-            time.sleep(1)  # launchers stop all ranks at the first exit: let rank 0 speak before
-        sys.exit(2)

@@ -8,7 +8,7 @@ import difflib
 import json
 from pathlib import Path
 
-from glm_finetune.config import raise_together
+from glm_finetune.flags import raise_together
 from glm_finetune.weights import read_json
 
 FOLDER = Path(__file__).parents[1] / "ds_configs"
@@ -80,10 +80,13 @@ def precision_of(ds_json):
     return None
 
 
-def resolve(ds_json, config, world_size, precision, device_type):
+def resolve(ds_json, config, world_size, precision, device_type, learns_in_fp32=False):
     """DeepSpeed's configuration.
 
     ds_json: `read_ds_file`. config: TrainConfig. precision: bf16, fp16 or fp32. device_type: "cuda" or "cpu".
+    learns_in_fp32: what learns stays fp32 beside a bf16 base, so that DeepSpeed has nothing to convert.
+    Stage 0 becomes stage 1, which gives its numbers with less memory: stage 0 adds up 16-bit gradients in 16 bit and
+    applies a step whose gradient is not finite.
     Raises ValueError listing unknown keys, numbers that contradict a flag, and offloading that the stage cannot do.
     """
     numbers = {
@@ -99,13 +102,14 @@ def resolve(ds_json, config, world_size, precision, device_type):
     raise_together(
         [*_unknown_keys(ds_json), *_contradictions(ds_json, numbers, config, precision), *_zero_problems(zero)]
     )
+    zero = {**zero, "stage": max(1, zero["stage"])}
     if device_type == "cpu":
         zero = _for_cpu(zero)
     return {
         **{key: ds_json[key] for key in PASSED_ON if key in ds_json},
         **{key: value for key, (value, _) in numbers.items()},
         "zero_optimization": zero,
-        "bf16": {"enabled": precision == "bf16"},
+        "bf16": {"enabled": precision == "bf16" and not learns_in_fp32},
         "fp16": {"loss_scale_window": 100, **_without_auto(ds_json.get("fp16", {})), "enabled": precision == "fp16"},
         # torch's fused AdamW: no compiler needed on any machine, no temporary copy of the weights, resumes bit for bit.
         "optimizer": {
@@ -121,6 +125,11 @@ def resolve(ds_json, config, world_size, precision, device_type):
         },
         "steps_per_print": 2**31,
     }
+
+
+def stage_of(ds_json):
+    """The ZeRO stage of a file as it stands there."""
+    return ds_json.get("zero_optimization", {}).get("stage", 0)
 
 
 def _unknown_keys(ds_json):

@@ -8,11 +8,15 @@ import datetime
 import os
 import socket
 from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from glm_finetune.dist import from_main
 from glm_finetune.optim import parameter_groups
+from glm_finetune.weights import OnDevice, is_finite
 
 
 def launch_environment():
@@ -53,7 +57,10 @@ def start(device):
 
 
 def check(ds_config):
-    """Raise ValueError naming what DeepSpeed refuses inside a section of `ds_config`, before a model is loaded."""
+    """Raise ValueError naming what DeepSpeed refuses inside a section of `ds_config`, before a model is loaded.
+
+    Also an NVMe folder that cannot be written to, or a machine without what DeepSpeed writes there with.
+    """
     from deepspeed.runtime.config import DeepSpeedConfig
     from pydantic import ValidationError  # what DeepSpeed itself is built on
 
@@ -66,13 +73,68 @@ def check(ds_config):
                 for problem in error.errors()
             )
         ) from None
+    zero = ds_config["zero_optimization"]
+    for section in (zero.get(name, {}) for name in ("offload_optimizer", "offload_param")):
+        if section.get("device") == "nvme":
+            _check_nvme(section.get("nvme_path"))
 
 
-def new_engine(model, ds_config, weight_decay):
+def _check_nvme(folder):
+    import deepspeed
+
+    if not folder:
+        raise ValueError('ds_file: offloading to nvme needs "nvme_path", a folder on a fast local disk.')
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        probe = Path(folder) / f".write-test-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"ds_file: nvme_path {folder} cannot be written to ({error}); name another folder.") from None
+    if not deepspeed.ops.__compatible_ops__.get("async_io"):
+        raise ValueError(
+            "ds_file: offloading to nvme needs DeepSpeed's async_io, which needs libaio and a compiler (Debian: "
+            "apt-get install libaio-dev g++). Offload to cpu instead, or install them."
+        )
+
+
+@dataclass(frozen=True)
+class Partitioned(OnDevice):
+    """A place for weights (see `weights.OnDevice`) under ZeRO-3: no rank ever holds more than a part of the model.
+
+    Each parameter is divided as it is created; rank 0 reads the files and the ranks share out one tensor at a time.
+    All ranks must call.
+    """
+
+    ds_config: dict
+
+    def construct(self, build):
+        import deepspeed
+        from transformers.initialization import no_init_weights
+        from transformers.integrations import HfDeepSpeedConfig
+
+        hf_config = HfDeepSpeedConfig(self.ds_config)  # while it lives, peft gathers the weights it looks at
+        # The dtype goes through the configuration: the argument `dtype` is overruled by what the device supports.
+        config = {**self.ds_config, "bf16": {"enabled": self.dtype == torch.bfloat16}}
+        with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=config):
+            model = build()
+        model.hf_deepspeed_config = hf_config
+        return model
+
+    def assign(self, model, name, tensor):
+        parameter, finite = model.get_parameter(name), True
+        with torch.no_grad(), whole(parameter, modifier_rank=0):
+            if dist.get_rank() == 0:
+                parameter.copy_(tensor)
+                finite = is_finite(parameter)
+        return from_main(finite)
+
+
+def new_engine(model, ds_config, weight_decay, loraplus_ratio=None):
     """Wrap `model` for training. All ranks must call."""
     import deepspeed
 
-    groups = parameter_groups(model, weight_decay)
+    groups = parameter_groups(model, weight_decay, loraplus_ratio)
     engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
     return engine
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from glm_finetune.optim import full_shape
+
 IGNORE = -100  # label of a position that is not a target
 MAX_LOGITS_BYTES = 128 * 2**20  # bound on one chunk's (rows, V) fp32 logits
 
@@ -79,7 +81,7 @@ def wrapped_head_loss_sum(hidden, head, targets):
     def chunk_loss(part, target):
         return F.cross_entropy(head(part).float(), target, reduction="sum")
 
-    rows = chunk_rows(head.weight.shape[0])
+    rows = chunk_rows(full_shape(head.weight)[0])
     losses = [
         checkpoint(chunk_loss, part, target, use_reentrant=False)
         for part, target in zip(hidden.split(rows), targets.split(rows))

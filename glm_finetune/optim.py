@@ -6,9 +6,9 @@ lr_at(step, peak=1e-4, total=100, warmup=10, shape="linear", floor=0.1)
 import math
 
 
-def num_warmup_steps(warmup_ratio, total):
-    """Steps of the warm-up: a share of all, rounded up."""
-    return math.ceil(warmup_ratio * total)
+def num_warmup_steps(warmup_ratio, warmup_steps, total):
+    """Steps of the warm-up: `warmup_steps`, or where that is None a share of all, rounded up."""
+    return math.ceil(warmup_ratio * total) if warmup_steps is None else warmup_steps
 
 
 def lr_at(step, peak, total, warmup, shape, floor):
@@ -27,13 +27,20 @@ def lr_at(step, peak, total, warmup, shape, floor):
     return peak * (floor + (1 - floor) * share)
 
 
-def parameter_groups(model, weight_decay):
-    """Trainable parameters in two groups: matrices decay, vectors (biases, norms) do not. Empty groups are left out."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trainable if len(full_shape(p)) > 1]
-    vectors = [p for p in trainable if len(full_shape(p)) <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+def parameter_groups(model, weight_decay, loraplus_ratio=None):
+    """Trainable parameters in groups with `weight_decay` and `lr_ratio`, the factor on the schedule's learning rate.
+
+    Matrices decay, vectors (biases, norms) do not. With LoRA+ (arXiv 2402.12354) the B matrices learn faster by
+    `loraplus_ratio`. Empty groups are left out.
+    """
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = weight_decay if len(full_shape(parameter)) > 1 else 0.0
+            ratio = loraplus_ratio if loraplus_ratio and "lora_B" in name else 1.0
+            groups.setdefault((decay, ratio), []).append(parameter)
+    keys = sorted(groups, reverse=True)
+    return [{"params": groups[key], "weight_decay": key[0], "lr_ratio": key[1]} for key in keys]
 
 
 def full_shape(parameter):
@@ -42,5 +49,11 @@ def full_shape(parameter):
 
 
 def full_size(parameter):
-    """Number of elements of a parameter, also when ZeRO-3 keeps only a part of it here."""
-    return full_shape(parameter).numel()
+    """Number of elements of a parameter, also when ZeRO-3 keeps a part of it here or two are packed into a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return full_shape(parameter).numel() if state is None else state.shape.numel()
+
+
+def full_bytes(parameter):
+    """Bytes of a parameter's weights, also when ZeRO-3 keeps a part of it here (scales of quantised ones excepted)."""
+    return full_shape(parameter).numel() * parameter.element_size()

@@ -3,7 +3,7 @@
 Plain safetensors and JSON, the same for every ZeRO stage and number of ranks, so that a run goes on with other ones.
 DeepSpeed's own checkpoints are pickles bound to both. Weights that do not learn are never written.
 
-    entries = tensors_of(engine)               # all ranks must call; rank 0 writes them with `write`
+    tensors = tensors_of(engine)               # all ranks must call; rank 0 writes them with `write`
     restore(engine, folder, progress, batch)   # all ranks must call
 """
 
@@ -35,13 +35,8 @@ def tensors_of(engine):
 
     _link_moments(engine)
     for name, parameter in learning(engine.module):
-        if engine.zero_optimization_stage() == 0:  # nothing is partitioned, the parameter is its own master
-            moments = engine.basic_optimizer.state[parameter]
-            yield f"master.{name}", parameter.detach().cpu()
-            yield from ((f"{key}.{name}", moments[key].cpu()) for key in MOMENTS)
-        else:
-            yield f"master.{name}", safe_get_full_fp32_param(parameter).cpu()
-            yield from ((f"{key}.{name}", safe_get_full_optimizer_state(parameter, key).cpu()) for key in MOMENTS)
+        yield f"master.{name}", safe_get_full_fp32_param(parameter).cpu()
+        yield from ((f"{key}.{name}", safe_get_full_optimizer_state(parameter, key).cpu()) for key in MOMENTS)
 
 
 def _link_moments(engine):
@@ -51,7 +46,7 @@ def _link_moments(engine):
     """
     from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
-    if engine.zero_optimization_stage() in (1, 2):
+    if engine.zero_optimization_stage() < 3:
         zero = engine.optimizer
         for parameters, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups):
             lazy_init_hp_params_optimizer_state(parameters, flat, engine.basic_optimizer.state)
@@ -65,21 +60,27 @@ def random_states(device):
     return {name: state for states in dist.gather_objects(own) for name, state in states.items()}
 
 
-def write(folder, tensors, randoms, engine, progress):
-    """Write the state of a run to `folder`, on rank 0. tensors: `tensors_of`; randoms: `random_states`."""
+def numbers_of(engine, progress):
+    """What progress.json holds: where the run stands, Adam's count of updates, fp16's loss scaler."""
+    updates = [int(state["step"]) for state in engine.basic_optimizer.state.values() if "step" in state]
+    record = {**asdict(progress), "updates": max(updates, default=0), "world_size": dist.world_size()}
+    if engine.fp16_enabled():
+        scaler = vars(engine.optimizer.loss_scaler)
+        record["loss_scaler"] = {name: value for name, value in scaler.items() if isinstance(value, (int, float))}
+    return record
+
+
+def write(folder, tensors, randoms, numbers):
+    """Write the state of a run to `folder`, on rank 0. `tensors_of`, `random_states` and `numbers_of` give it."""
     folder = Path(folder)
     folder.mkdir()
     write_sharded(tensors, folder)
     write_tensors(randoms, folder / "random.safetensors")
-    updates = [int(state["step"]) for state in engine.basic_optimizer.state.values() if "step" in state]
-    record = {**asdict(progress), "updates": max(updates, default=0), "world_size": dist.world_size()}
-    if engine.fp16_enabled():
-        record["loss_scaler"] = vars(engine.optimizer.loss_scaler)
-    write_json(record, folder / "progress.json")
+    write_json(numbers, folder / "progress.json")
 
 
 def restore(engine, folder, batch, seed, device):
-    """Put the state in `folder` back; returns its Progress. All ranks must call.
+    """Put the state in `folder` back; returns its Progress and what `numbers_of` wrote. All ranks must call.
 
     batch: one without targets, on `device`; a step on it with learning rate 0 makes every stage create its moments.
     Raises ValueError if the parameters that learn are not those of the state.
@@ -100,7 +101,7 @@ def restore(engine, folder, batch, seed, device):
     if engine.fp16_enabled():
         vars(engine.optimizer.loss_scaler).update(record.get("loss_scaler", {}))
     _restore_random(Path(folder) / "random.safetensors", record, seed, device)
-    return Progress(record["step"], record["epoch"], record["rows"])
+    return Progress(record["step"], record["epoch"], record["rows"]), record
 
 
 def _create_moments(engine, batch):
@@ -118,10 +119,6 @@ def _set(engine, parameter, values):
     master, *moments = values
     with torch.no_grad(), whole(parameter, modifier_rank=0):
         parameter.copy_(master)
-    if engine.zero_optimization_stage() == 0:
-        for key, moment in zip(MOMENTS, moments):
-            engine.basic_optimizer.state[parameter][key].copy_(moment)
-        return
     safe_set_full_fp32_param(parameter, master)
     for key, moment in zip(MOMENTS, moments):
         safe_set_full_optimizer_state(parameter, moment, key)

@@ -10,14 +10,27 @@ import torch
 
 from glm_finetune.checkpoint import PACKAGES
 from glm_finetune.data.dataset import describe_sample
-from glm_finetune.optim import full_size, num_warmup_steps
+from glm_finetune.optim import full_bytes, full_size, num_warmup_steps
+from glm_finetune.tuning import unused_flags
 
 
-def start_lines(config, ds_config, model, rows, eval_rows, tokenizer, sampler, total_steps, device, precision):
+def start_lines(
+    config,
+    train_type,
+    ds_config,
+    model,
+    rows,
+    eval_rows,
+    tokenizer,
+    sampler,
+    total_steps,
+    device,
+    precision,
+    resume_from,
+    progress,
+):
     """The text that train.py prints at the start. rows, eval_rows: data sets with a `report`."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    sizes = [(full_size(p), p.requires_grad) for p in model.parameters()]
-    total, trainable = sum(n for n, _ in sizes), sum(n for n, learns in sizes if learns)
     per_step = (
         f"{config.per_device_train_batch_size} samples x {config.gradient_accumulation_steps} micro-batches x "
         f"{sampler.world_size} ranks"
@@ -28,15 +41,37 @@ def start_lines(config, ds_config, model, rows, eval_rows, tokenizer, sampler, t
         f"deepspeed   {json.dumps(ds_config)}",
         f"versions    {', '.join(f'{name} {importlib.metadata.version(name)}' for name in PACKAGES)}",
         f"device      {card}, {precision}, world size {sampler.world_size}",
-        f"parameters  {total:,}, of which {trainable:,} learn ({100 * trainable / total:.2f}%)",
+        f"parameters  {describe_parameters(model)}",
         f"data        {config.train_path}: {rows.report}",
     ]
     if eval_rows is not None:
         lines.append(f"evaluation  {config.eval_path}: {eval_rows.report}")
-    warmup = num_warmup_steps(config.warmup_ratio, total_steps)
+    warmup = num_warmup_steps(config.warmup_ratio, config.warmup_steps, total_steps)
+    if "learning_rate" not in config.given:
+        lines.append(f"default     learning_rate {config.learning_rate}, the recipe of {train_type.name}")
+    if unused := unused_flags(train_type, config.given):
+        lines.append(f"note        no effect with --train_type {train_type.name}: {', '.join(unused)}")
     lines += [
         f"steps       {per_step} = {sampler.rows_per_step} samples a step; {len(rows):,} samples = "
         f"{sampler.steps_per_epoch:,} steps an epoch; {total_steps:,} steps in all, {warmup:,} of warm-up",
         f"sample      targets between ⟦ and ⟧:\n{describe_sample(rows[0], tokenizer)}",
     ]
+    if resume_from:
+        lines.append(f"resumed from {resume_from}: {progress}")
     return "\n".join(lines)
+
+
+def describe_parameters(model):
+    """How many parameters there are and learn, and what they take on all ranks together with their optimizer state."""
+    parameters = list(model.parameters())
+    learning = [p for p in parameters if p.requires_grad]
+    total, trainable = (sum(map(full_size, group)) for group in (parameters, learning))
+    frozen_bytes = sum(full_bytes(p) for p in parameters if not p.requires_grad)
+    bytes_each = learning[0].element_size() if learning else 0
+    weights, with_state, frozen = (
+        f"{size / 2**20:,.1f} MiB" for size in (trainable * bytes_each, trainable * (bytes_each + 12), frozen_bytes)
+    )
+    return (
+        f"{total:,} in all; {trainable:,} learn ({100 * trainable / total:.2f}%), {weights}, with fp32 masters and "
+        f"moments {with_state}; frozen {frozen}"
+    )

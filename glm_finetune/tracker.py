@@ -89,31 +89,24 @@ def _forget_after(path, step):
 
 
 class Meter:
-    """Sums since the last log line, kept on the device: nothing waits for it until `read`."""
+    """Sums over all ranks since the last log line."""
 
-    def __init__(self, device):
-        self.loss = torch.zeros((), device=device)
+    def __init__(self):
         self.start()
 
     def start(self):
-        self.loss.zero_()
-        self.targets = self.tokens = 0
+        self.loss = self.targets = self.tokens = 0
         self.since = time.perf_counter()
 
-    def add(self, loss_sum, batch):
-        """loss_sum: scalar on the device, over the target tokens of `batch` (still on the CPU)."""
-        self.loss += loss_sum
-        self.targets += len(batch["target_index"])
-        self.tokens += batch["input_ids"].numel()
+    def add(self, loss, num_targets, num_tokens):
+        """A step: mean loss of its target tokens, their number, and that of all tokens with padding."""
+        self.loss += loss * num_targets
+        self.targets += num_targets
+        self.tokens += num_tokens
 
     def read(self):
-        """Mean loss of a target token, and tokens (with padding) a second, over all ranks.
-
-        All ranks must call; waits for the device.
-        """
-        counts = self.loss.new_tensor([self.targets, self.tokens], dtype=torch.float64)
-        loss, targets, tokens = dist.sum_over_ranks(torch.cat((self.loss.double()[None], counts))).tolist()
-        return loss / max(targets, 1), tokens / (time.perf_counter() - self.since)
+        """Mean loss of a target token (nan when no step counted), and tokens (with padding) a second."""
+        return self.loss / self.targets if self.targets else math.nan, self.tokens / (time.perf_counter() - self.since)
 
 
 def peak_gib(device):

@@ -11,14 +11,18 @@ import json
 import os
 import pickle
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from glm_finetune.optim import full_shape
+
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' names
 MAX_SHARD_BYTES = 2 * 10**9  # the originals' shard size
 
@@ -130,18 +134,54 @@ def _iter_bin(path):
     yield from tensors.items()
 
 
-def fill(model, folder, dtype, device="cpu", ignore=(), may_miss=(), aliases=None):
-    """Replace every parameter of `model` (built on the meta device) by the tensor of that name in `folder`.
+@dataclass(frozen=True)
+class OnDevice:
+    """Where weights go as they are read: every one whole onto `device`, as `dtype`.
+
+    A place has two methods. construct(build) -> build(), a model without values. assign(model, name, tensor) gives a
+    parameter its value and returns whether all of it is finite. Others: `engine.Partitioned`, `quantize.Quantized`.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def construct(self, build):
+        with torch.device("meta"):
+            return build()
+
+    def assign(self, model, name, tensor):
+        # A copy in any case: a tensor that is still a view of the mapped file would keep the shard open.
+        value = torch.empty(tensor.shape, dtype=self.dtype, device=self.device).copy_(tensor)
+        replace_parameter(model, name, value)
+        return is_finite(value)
+
+
+def replace_parameter(model, name, value):
+    """Put a new nn.Parameter in the place of the one called `name`. value: a tensor, or a Parameter taken as it is."""
+    owner, _, attribute = name.rpartition(".")
+    parameters = model.get_submodule(owner)._parameters
+    if not isinstance(value, torch.nn.Parameter):
+        value = torch.nn.Parameter(value, requires_grad=parameters[attribute].requires_grad)
+    parameters[attribute] = value
+
+
+def is_finite(tensor):
+    """Whether a tensor has no inf and no nan; one reduction without a copy. CPU-GPU sync."""
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float32)))
+
+
+def fill(model, folder, place, ignore=(), may_miss=(), aliases=None):
+    """Give every parameter of `model` (of `place.construct`) the tensor of that name in `folder`; place: `OnDevice`.
 
     ignore: patterns of names in the file that belong to no parameter and are known to be of no use.
     may_miss: substrings of names that the file may lack (a new prefix encoder); those keep their initial values.
     aliases: {name in the file: name of the parameter}, for tied weights; where both are in the file the alias wins,
     as in the original.
-    Raises ValueError listing missing, unexpected and mis-shaped names.
+    Raises ValueError listing missing, unexpected and mis-shaped names, and tensors with inf or nan in them.
     """
     aliases = aliases or {}
     parameters = dict(model.named_parameters())
-    seen, unexpected, misshaped = set(), [], []
+    seen, unexpected, misshaped, not_finite = set(), [], [], []
     for name, tensor in iter_tensors(folder):
         target = aliases.get(name, name)
         if any(re.search(pattern, name) for pattern in ignore):
@@ -150,13 +190,21 @@ def fill(model, folder, dtype, device="cpu", ignore=(), may_miss=(), aliases=Non
             unexpected.append(name)
         elif not tensor.is_floating_point():
             misshaped.append(f"{name}: {tensor.dtype} in the file (quantised?), a floating-point type expected")
-        elif tuple(parameters[target].shape) != tuple(tensor.shape):
-            misshaped.append(f"{name}: {tuple(tensor.shape)} in the file, {tuple(parameters[target].shape)} expected")
-        elif name != target or target not in seen or target not in aliases.values():
-            _assign(model, target, tensor, dtype, device)
+        elif tuple(full_shape(parameters[target])) != tuple(tensor.shape):
+            expected = tuple(full_shape(parameters[target]))
+            misshaped.append(f"{name}: {tuple(tensor.shape)} in the file, {expected} expected")
+        elif (name != target or target not in seen or target not in aliases.values()) and not place.assign(
+            model, target, tensor
+        ):
+            not_finite.append(name)
         seen.add(target)
     missing = [name for name in parameters if name not in seen and not any(part in name for part in may_miss)]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("wrong shape or type", misshaped))
+    kinds = (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("wrong shape or type", misshaped),
+        (f"inf or nan among the values, as {DTYPE_NAMES[place.dtype]}", not_finite),
+    )
     problems = [
         f"{kind} ({len(names)}): {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
         for kind, names in kinds
@@ -165,15 +213,6 @@ def fill(model, folder, dtype, device="cpu", ignore=(), may_miss=(), aliases=Non
     if problems:
         raise ValueError(f"{folder}: the weights do not fit the model of its config.json.\n  " + "\n  ".join(problems))
     return [name for name in parameters if name not in seen]
-
-
-def _assign(model, name, tensor, dtype, device):
-    owner, _, attribute = name.rpartition(".")
-    module = model.get_submodule(owner)
-    # A copy in any case: a tensor that is still a view of the mapped file would keep the shard open.
-    value = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
-    requires_grad = module._parameters[attribute].requires_grad
-    module._parameters[attribute] = torch.nn.Parameter(value, requires_grad=requires_grad)
 
 
 def write_sharded(tensors, folder, max_shard_bytes=MAX_SHARD_BYTES):

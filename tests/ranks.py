@@ -74,7 +74,7 @@ def _rank(function, args, rank, world_size, port, queue):
     try:
         queue.put((rank, True, function(*args)))
     except BaseException:  # the parent shows it; this process ends here
-        queue.put((rank, False, traceback.format_exc()[-3000:]))
+        queue.put((rank, False, traceback.format_exc()[-9000:]))
     queue.close()
     queue.join_thread()
     os._exit(0)

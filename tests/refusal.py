@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from glm_finetune import dist, weights
+from glm_finetune import exits, weights
 
 
 def refused(function, *parts):
@@ -29,7 +29,7 @@ def run_main(module, monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
     capsys.readouterr()
     try:
-        dist.exit_with_message(module.main)
+        exits.exit_with_message(module.main)
     except SystemExit as stop:
         return stop.code, capsys.readouterr().err
     return 0, capsys.readouterr().err

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from glm_finetune import MODE, build, weights
-from glm_finetune.config import TrainConfig, parse
+from glm_finetune.config import TrainConfig
+from glm_finetune.flags import parse
 from tests.refusal import cut, json_fields, refused, remove, write
 from tests.tiny import tokenizer_model
 
@@ -28,7 +29,7 @@ def damaged(checkpoints, tmp_path):
         folder = Path(shutil.copytree(checkpoints[mode], tmp_path / "base"))
         damage(folder)
         build.check_base(MODE[under or mode], folder, 200)
-        build.load_base(MODE[under or mode], folder, "fp32", CPU)
+        build.load_base(MODE[under or mode], folder, weights.OnDevice(torch.float32, CPU))
 
     return load
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from safetensors.torch import load_file, save_file
 import merge_lora
 import predict
 import train
-from glm_finetune import build, checkpoint, weights
-from glm_finetune.config import TrainConfig, parse
+from glm_finetune import build, checkpoint, state, weights
+from glm_finetune.config import TrainConfig
 from glm_finetune.data.sampler import Progress
+from glm_finetune.flags import parse
 from glm_finetune.tuning import TRAIN_TYPE
 from tests.refusal import contents, cut, json_fields, refused, remove, run_main, write
 from tests.test_bad_input import ROW, lines
@@ -51,19 +53,19 @@ def new_run(base, output_dir, kind):
         ],
     )
     mode, train_type = build.choose(config)
-    model = train_type.apply(build.load_base(mode, base, "fp32", CPU), config, mode)
+    model = train_type.apply(build.load_base(mode, base, weights.OnDevice(torch.float32, CPU)), config, mode)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
     tokenizer = mode.tokenizer.from_pretrained(base)
     record, engine = checkpoint.train_record(config, train_type, tokenizer, 1), StandInEngine(model)
-    return lambda step: checkpoint.save(
-        engine, tokenizer, TRAIN_TYPE[kind], output_dir, 1, Progress(step, 1, 0), record, total_limit=1
-    )
+    config.save_total_limit = 1
+    saver = checkpoint.Saver(engine, tokenizer, TRAIN_TYPE[kind], config, record, checkpoint.lock(output_dir))
+    return lambda step: saver.save(1, Progress(step, 1, 0))
 
 
 class StandInEngine:
-    """What saving asks of DeepSpeed's engine at stage 0, with moments that are all zero."""
+    """What saving asks of DeepSpeed's engine besides `state.tensors_of`, with moments that are all zero."""
 
     def __init__(self, model):
         self.module, self.device = model, CPU
@@ -73,11 +75,15 @@ class StandInEngine:
         self.basic_optimizer = torch.optim.AdamW(parameters, lr=0.0)
         self.basic_optimizer.step()
 
-    def zero_optimization_stage(self):
-        return 0
-
     def fp16_enabled(self):
         return False
+
+
+@pytest.fixture(autouse=True)
+def masters_only():
+    """The state of a StandInEngine: the parameters themselves. (Not by monkeypatch, which some tests undo.)"""
+    with mock.patch.object(state, "tensors_of", lambda engine: iter(state.learning(engine.module))):
+        yield
 
 
 @pytest.mark.parametrize("kind, module", [("lora", checkpoint), ("all", weights)])
@@ -188,7 +194,10 @@ def test_a_damaged_adapter_is_named_with_what_is_wrong(adapter, damage, parts):
 @pytest.mark.parametrize("changes", [{"num_layers": 1}, {"num_layers": 3}, {"hidden_size": 64}])
 def test_an_adapter_of_another_base_is_refused(adapter, tmp_path, changes):
     base = make_checkpoint("glm3", tmp_path / "other", **changes)
-    refused(lambda: build.load_source(build.find_source(adapter, base=base), "fp32", CPU), "does not fit the base")
+    refused(
+        lambda: build.load_source(build.find_source(adapter, base=base), "fp32", CPU),
+        "does not fit the base",
+    )
 
 
 def test_an_adapter_whose_base_is_gone_says_where_it_was_and_which_flag_helps(adapter):

@@ -32,6 +32,8 @@ def losses(records):
 @pytest.mark.parametrize("stage", ["zero2_no_offload", "zero3_no_offload"])
 @pytest.mark.parametrize("train_type", TRAIN_TYPE)
 def test_resumed_on_the_same_ranks_is_bit_equal(train_type, stage, checkpoints, data_file, tmp_path):
+    if TRAIN_TYPE[train_type].quantizes and "zero3" in stage:
+        pytest.skip("refused: see test_bad_input")
     flags = dict(FLAGS, ds_file=f"ds_{stage}.json", lora_dropout=0.1)  # dropout: random numbers go on as well
     whole = run("glm2", train_type, checkpoints, data_file, tmp_path / "whole", 2, **flags)
     folder = stopped_copy(tmp_path / "whole", tmp_path / "again", step=2)  # in the middle of the first epoch

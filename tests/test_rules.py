@@ -17,10 +17,10 @@ TESTS = sorted(ROOT.glob("tests/**/*.py"))
 
 # Who may import whom: a module may import those of lower levels, and those of its own level.
 LEVELS = (
-    ("config", "dist", "optim", "loss", "weights", "metrics"),
+    ("config", "flags", "dist", "exits", "optim", "loss", "weights", "metrics"),
     ("models", "tuning"),
     ("data", "modes"),
-    ("build", "checkpoint", "chat", "engine", "tracker", "ds_config", "state", "summary"),
+    ("build", "checkpoint", "chat", "engine", "tracker", "ds_config", "state", "summary", "guard"),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 

@@ -15,7 +15,8 @@ import merge_lora
 import predict
 from glm_finetune import MODE, dist
 from glm_finetune.checkpoint import checkpoints as checkpoints_in
-from glm_finetune.config import MergeConfig, PredictConfig, TrainConfig, parse
+from glm_finetune.config import MergeConfig, PredictConfig, TrainConfig
+from glm_finetune.flags import parse
 from glm_finetune.metrics import triple_scores
 from tests.ranks import free_port, run_ranks, train_arguments, train_main
 

@@ -12,6 +12,7 @@ from glm_finetune import MODE, build
 from glm_finetune.checkpoint import checkpoints as checkpoints_in
 from glm_finetune.data.sampler import Progress, StepSampler
 from glm_finetune.tuning import TRAIN_TYPE
+from glm_finetune.weights import iter_file
 from tests.ranks import run_ranks, train_arguments, train_main
 
 SPLITS = {"1 rank x 4": (1, 4, 1), "1 x 2 x 2": (1, 2, 2), "2 ranks x 2": (2, 2, 1)}  # ranks, micro-batch, accumulation
@@ -23,8 +24,8 @@ def run(mode, train_type, checkpoints, data_file, output_dir, world_size=1, **fl
     printed = run_ranks(train_main, world_size, arguments)[0]
     records = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     folder = checkpoints_in(output_dir)[-1]
-    weights = next(p for p in folder.glob("*.safetensors"))
-    return records, load_file(weights), folder, printed
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    return records, dict(iter_file(files[0])), folder, printed
 
 
 def assert_close(actual, expected, tolerance=1e-5):

@@ -56,17 +56,21 @@ class InstructionDataset(Sequence):
         Raises ValueError for limits that leave no room, a bad line (file, line, field), or no row left.
         """
         check_limits(max_len, max_src_len, question_tail, overhead)
-        self.report, self.rows, limits = Report(), [], Limits(max_len, max_src_len)
+        self.report, self.rows, self.places, limits = Report(), [], [], Limits(max_len, max_src_len)
         for where, row in tqdm(read_rows(path), desc=f"tokenize {path}", unit=" rows", disable=not progress):
             messages = instruction_messages(row, where)
-            self._add(render(tokenizer, messages, limits), is_skip, empty=not messages[-1]["content"])
+            self._add(where, render(tokenizer, messages, limits), is_skip, empty=not messages[-1]["content"])
         if not self.rows:
             raise ValueError(
                 f"{path}: no row left to train on ({self.report}). Raise --max_len and --max_src_len, or "
                 "leave out --is_skip."
             )
 
-    def _add(self, rendered, is_skip, empty):
+    def where(self, index):
+        """File and line that a row came from, as text."""
+        return self.places[index]
+
+    def _add(self, where, rendered, is_skip, empty):
         report = self.report
         report.rows += 1
         report.question_cut += rendered.source_cut
@@ -79,6 +83,7 @@ class InstructionDataset(Sequence):
         report.tokens += len(rendered.input_ids)
         report.targets += sum(label != IGNORE for label in rendered.labels)
         report.longest = max(report.longest, len(rendered.input_ids))
+        self.places.append(where)
         self.rows.append(
             {"input_ids": rendered.input_ids, "labels": rendered.labels, "num_prefix": rendered.num_prefix}
         )

@@ -14,16 +14,17 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from glm_finetune import weights
-from glm_finetune.models.layers import head_loss
+from glm_finetune.models.layers import PromptEncoder, head_loss, with_prefix_columns
+from glm_finetune.weights import DTYPE_NAMES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 class OriginalConfig(PreTrainedConfig):
     """A config.json of the original project. `source` keeps it as it was read, so that it can be written back."""
 
     model_type = "chatglm"
+    prompt_len = None  # embeddings of a P-Tuning v1 prompt; a field of this project's own
     keys_to_ignore_at_inference = ["past_key_values"]
     required_fields = ()  # fields that a config.json of this architecture has and the other's lacks
 
@@ -77,19 +78,20 @@ class OriginalModel(PreTrainedModel, GenerationMixin):
     ignored_in_file = (r"\.inv_freq$",)  # rotary frequencies: the original stores and never reads them
 
     @classmethod
-    def from_pretrained(cls, folder, dtype=None, config=None, device="cpu", may_miss=()):
+    def from_pretrained(cls, folder, dtype=None, config=None, device="cpu", may_miss=(), place=None):
         """Load an original checkpoint folder, or one saved by this project.
 
         dtype: torch.float32, bfloat16 or float16 for every weight; default: `torch_dtype` of config.json.
         config: replaces the folder's own (to set `pre_seq_len`); may_miss: see `weights.fill`.
+        place: where the weights go, instead of whole onto `device` as `dtype`; see `weights.OnDevice`.
         Peak memory is the model plus one tensor. Returns the model in eval mode.
         Raises ValueError for a folder, file, name or shape that does not fit.
         """
         config = cls.config_class.from_pretrained(folder) if config is None else config
         dtype = dtype or getattr(torch, config.source.get("torch_dtype", "float32"))
-        with torch.device("meta"):
-            model = cls(config)
-        new = weights.fill(model, folder, dtype, device, cls.ignored_in_file, may_miss, model.tied_names())
+        place = place or weights.OnDevice(dtype, device)
+        model = place.construct(lambda: cls(config))
+        new = weights.fill(model, folder, place, cls.ignored_in_file, may_miss, model.tied_names())
         model._initialise_new(new, device)
         model.tie_weights()
         return model.eval()
@@ -107,13 +109,49 @@ class OriginalModel(PreTrainedModel, GenerationMixin):
 
         The original's config.json fields say so, also in what is saved.
         """
-        fields = {"pre_seq_len": pre_seq_len, "prefix_projection": projection}
-        for name, value in fields.items():
-            setattr(self.config, name, value)
-        self.config.source = {**self.config.source, **fields}
+        self._set_config(pre_seq_len=pre_seq_len, prefix_projection=projection)
         self.transformer.new_prefix_encoder()
         self.transformer.prefix_encoder.to(self.device, torch.float32)
         self.transformer.dropout.p = dropout
+
+    def add_prompt(self, prompt_len, projection, dropout=0.0):
+        """Add a new P-Tuning v1 prompt of `prompt_len` embeddings in fp32 to a model without one."""
+        self._set_config(prompt_len=prompt_len)
+        size = self.get_input_embeddings().embedding_dim
+        self.transformer.prompt_encoder = PromptEncoder(prompt_len, size, projection, dropout).to(self.device)
+
+    def _set_config(self, **fields):
+        """Set fields of the configuration, also in what is saved."""
+        for name, value in fields.items():
+            setattr(self.config, name, value)
+        self.config.source = {**self.config.source, **fields}
+
+    def with_prompt(self, embedded, position_ids, mask, num_past):
+        """Put the prompt of P-Tuning v1, if there is one, in front of the text, whose positions move up.
+
+        embedded: (B, T, D), position_ids: (B or 1, [2,] T), mask: (B, 1, T, S) or None; num_past: text tokens in the
+        cache, behind the prompt when there are any. The prompt is causal in itself and does not see the text, so that
+        it is the same for every sample. Returns the three for P + T tokens.
+        """
+        num_prompt = self.config.prompt_len or 0
+        if not num_prompt:
+            return embedded, position_ids, mask
+        mask = with_prefix_columns(mask, num_prompt)
+        place = torch.arange(num_prompt, device=embedded.device)
+        if position_ids.dim() == 3:  # ChatGLM-6B's second position counts from <sop>
+            place = torch.stack((place, torch.zeros_like(place)))  # (2, P)
+            position_ids = position_ids + position_ids.new_tensor([num_prompt, 0])[:, None]
+        else:
+            position_ids = position_ids + num_prompt
+        if num_past:
+            return embedded, position_ids, mask
+        prompt = self.transformer.prompt_encoder().to(embedded.dtype)  # (P, D)
+        embedded = torch.cat((prompt.expand(embedded.shape[0], -1, -1), embedded), 1)
+        position_ids = torch.cat((place.expand(*position_ids.shape[:-1], -1), position_ids), -1)
+        if mask is not None:
+            rows = torch.ones(num_prompt, mask.shape[-1], dtype=torch.bool, device=mask.device).tril()
+            mask = torch.cat((rows.expand(mask.shape[0], 1, -1, -1), mask), 2)  # (B, 1, P + T, P + S)
+        return embedded, position_ids, mask
 
     def tied_names(self):
         """{alias in the file: parameter}; empty when the head has its own weight."""
@@ -143,11 +181,11 @@ class OriginalModel(PreTrainedModel, GenerationMixin):
             raise ValueError("output_attentions, output_hidden_states and return_dict=False are not supported.")
 
     def cache_and_length(self, cache, use_cache):
-        """The key/value cache to use (None: none) and how many tokens it holds."""
+        """The key/value cache to use (None: none) and how many tokens of text it holds."""
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         if cache is None:
             return (DynamicCache(config=self.config), 0) if use_cache else (None, 0)
-        return cache, cache.get_seq_length()
+        return cache, max(0, cache.get_seq_length() - (self.config.prompt_len or 0))
 
     def output(self, hidden, labels, target_index, num_targets, logits_to_keep, return_logits, cache):
         """hidden: (B, T, D) -> loss at the targets, logits where they are asked for."""

@@ -295,7 +295,9 @@ class ChatGLMForConditionalGeneration(OriginalModel):
             position_ids = derived_positions if position_ids is None else position_ids
         mask = self.attention_mask(attention_mask, segment_ids, is_prefix, embedded, num_past)
         mask = with_prefix_columns(mask, self.config.pre_seq_len or 0)
-        hidden = self.transformer(embedded, position_ids, mask, past_key_values)
+        num_tokens = embedded.shape[1]
+        embedded, position_ids, mask = self.with_prompt(embedded, position_ids, mask, num_past)
+        hidden = self.transformer(embedded, position_ids, mask, past_key_values)[:, -num_tokens:]
         return self.output(hidden, labels, target_index, num_targets, logits_to_keep, return_logits, past_key_values)
 
     def attention_mask(self, attention_mask, segment_ids, is_prefix, embedded, num_past):

@@ -300,5 +300,6 @@ class ChatGLM2ForConditionalGeneration(OriginalModel):
             segment_ids = attention_mask.long() - 1
         mask = None if segment_ids is None else visible(segment_ids, is_prefix, num_tokens)
         mask = with_prefix_columns(mask, self.config.pre_seq_len or 0)
-        hidden = self.transformer(embedded, position_ids, mask, past_key_values)
+        embedded, position_ids, mask = self.with_prompt(embedded, position_ids, mask, num_past)
+        hidden = self.transformer(embedded, position_ids, mask, past_key_values)[:, -num_tokens:]
         return self.output(hidden, labels, target_index, num_targets, logits_to_keep, return_logits, past_key_values)

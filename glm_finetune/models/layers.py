@@ -75,6 +75,20 @@ def rotary_angles(position_ids, inv_freq):
         return angles.cos(), angles.sin()
 
 
+class EmbeddingFP32(nn.Embedding):
+    """An embedding that gives fp32 also where fp16 training holds the weights in 16 bit."""
+
+    def forward(self, index):
+        return super().forward(index).float()
+
+
+class LinearFP32(nn.Linear):
+    """A linear layer that computes in fp32 also where fp16 training holds the weights in 16 bit."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.float(), self.bias.float())
+
+
 class PrefixEncoder(nn.Module):
     """P-Tuning v2: trainable keys and values in front of every layer (arXiv 2110.07602, the official ChatGLM code).
 
@@ -84,16 +98,41 @@ class PrefixEncoder(nn.Module):
 
     def __init__(self, pre_seq_len, num_values, projection, embedding_size, hidden_size):
         super().__init__()
-        self.embedding = nn.Embedding(pre_seq_len, embedding_size if projection else num_values)
+        self.embedding = EmbeddingFP32(pre_seq_len, embedding_size if projection else num_values)
         if projection:
             self.trans = nn.Sequential(
-                nn.Linear(embedding_size, hidden_size), nn.Tanh(), nn.Linear(hidden_size, num_values)
+                LinearFP32(embedding_size, hidden_size), nn.Tanh(), LinearFP32(hidden_size, num_values)
             )
         self.projection = projection
 
     def forward(self, index):
-        """index: (P,) int64 -> (P, num_values)."""
+        """index: (P,) int64 -> (P, num_values) fp32, computed in fp32 whatever the dtype of the weights."""
         return self.trans(self.embedding(index)) if self.projection else self.embedding(index)
+
+
+class PromptEncoder(nn.Module):
+    """P-Tuning v1: P trainable embeddings in front of the text (arXiv 2103.10385, section 3.2).
+
+    With `projection` they come from a two-layer bidirectional LSTM and an MLP over trainable embeddings, as in the
+    paper; without it they are the embeddings themselves. What is saved are the P embeddings that come out.
+    """
+
+    def __init__(self, prompt_len, size, projection, dropout):
+        super().__init__()
+        self.embedding = nn.Embedding(prompt_len, size)
+        self.projection = projection
+        self.dropout = nn.Dropout(dropout)
+        if projection:
+            self.lstm = nn.LSTM(size, size // 2, num_layers=2, bidirectional=True, batch_first=True)
+            self.mlp = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, size))
+
+    def forward(self):
+        """(P, D), in the dtype of the weights."""
+        index = torch.arange(self.embedding.num_embeddings, device=self.embedding.weight.device)
+        prompt = self.embedding(index)
+        if self.projection:
+            prompt = self.mlp(self.lstm(prompt[None])[0])[0]
+        return self.dropout(prompt)
 
 
 def prefix_keys_values(encoder, batch_size, num_layers, num_kv_heads, dtype, dropout):

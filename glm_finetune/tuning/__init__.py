@@ -1,60 +1,135 @@
 """The registry of train types: what of the model learns. A new one is a file here and a line below.
 
-Dtype policy, the same for all: weights are held in the compute dtype (--precision); for every weight that learns,
-DeepSpeed keeps an fp32 master copy and fp32 moments in the optimizer.
+Dtype policy, the same for all: weights are held in the compute dtype (--precision), quantised ones as their format
+says; for every weight that learns the optimizer has an fp32 master copy and fp32 moments. The encoder of a prefix is
+itself fp32 and computes in fp32 (with fp16, whose loss scaler needs fp16 weights, it has fp32 masters and computes in
+fp32).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from glm_finetune.tuning.lora import add_lora
-from glm_finetune.tuning.ptuning import add_prefix
-from glm_finetune.tuning.select import train_all, train_named
+from glm_finetune.tuning.lora import VARIANT, add_lora
+from glm_finetune.tuning.ptuning import add_prefix, add_prompt
+from glm_finetune.tuning.select import last_layers, train_all, train_named
+
+LORA_FLAGS = (
+    "lora_dim",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_module_name",
+    "lora_variant",
+    "loraplus_ratio",
+    "modules_to_save",
+)
+LORA_IDENTITY = tuple(name for name in LORA_FLAGS if name != "lora_dropout")
+FREEZE_FLAGS = ("freeze_module_name", "freeze_last")
+PTUNING_FLAGS = ("pre_seq_len", "prefix_projection", "prefix_dropout", "ptuning_version")
 
 
 @dataclass(frozen=True)
 class TrainType:
     """apply(model, config, mode) -> the model with what learns set.
 
+    flags: those that concern this type only. identity: flags that a run cannot change when it is resumed.
+    learning_rate(config) -> the default of its recipe; max_learning_rate: above it a run that diverges is told so.
     saves: "weights" (all), "adapter" (peft's files) or "prefix" (what learns, under its own names).
-    identity: flags that a run cannot change when it is resumed.
+    fp32: what learns is held in fp32 whatever the compute dtype. quantizes: the base is quantised as it is read.
     """
 
     name: str
     apply: Callable
+    flags: tuple
+    identity: tuple
+    learning_rate: Callable
+    max_learning_rate: float
     saves: str = "weights"
-    identity: tuple = ()
+    fp32: bool = False
+    quantizes: bool = False
 
 
 def names_in(text):
     """A comma list -> its non-empty parts."""
-    return [part.strip() for part in text.split(",") if part.strip()]
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
 def _lora(model, config, mode):
-    targets = names_in(config.lora_module_name or "") or mode.lora_targets
-    return add_lora(model, config.lora_dim, config.lora_alpha, config.lora_dropout, targets, config.model_name_or_path)
+    return add_lora(
+        model,
+        config.lora_dim,
+        config.lora_alpha,
+        config.lora_dropout,
+        names_in(config.lora_module_name) or mode.lora_targets,
+        config.model_name_or_path,
+        config.lora_variant,
+        names_in(config.modules_to_save),
+    )
+
+
+def _freeze(model, config, mode):
+    if config.freeze_last:
+        return train_named(model, last_layers(model, config.freeze_last))
+    return train_named(model, names_in(config.freeze_module_name or "layers.27."))
 
 
 def _ptuning(model, config, mode):
+    if config.ptuning_version == 1:
+        return add_prompt(model, config.pre_seq_len, config.prefix_projection, config.prefix_dropout, config.max_len)
     return add_prefix(model, config.pre_seq_len, config.prefix_projection, config.prefix_dropout)
 
 
 TRAIN_TYPE = {
     train_type.name: train_type
     for train_type in (
-        TrainType("lora", _lora, saves="adapter", identity=("lora_dim", "lora_alpha", "lora_module_name")),
+        TrainType("lora", _lora, LORA_FLAGS, LORA_IDENTITY, lambda config: 5e-4, 5e-3, saves="adapter"),
         TrainType(
-            "freeze",
-            lambda model, config, mode: train_named(model, names_in(config.freeze_module_name)),
-            identity=("freeze_module_name",),
+            "qlora",
+            _lora,
+            (*LORA_FLAGS, "quantization_bit"),
+            (*LORA_IDENTITY, "quantization_bit"),
+            lambda config: 2e-4,
+            5e-3,
+            saves="adapter",
+            quantizes=True,
         ),
+        TrainType("freeze", _freeze, FREEZE_FLAGS, FREEZE_FLAGS, lambda config: 1e-4, 1e-3),
         TrainType(
             "ptuning",
             _ptuning,
+            PTUNING_FLAGS,
+            tuple(name for name in PTUNING_FLAGS if name != "prefix_dropout"),
+            lambda config: 2e-2 if config.ptuning_version == 2 else 1e-3,
+            5e-2,
             saves="prefix",
-            identity=("pre_seq_len", "prefix_projection"),
+            fp32=True,
         ),
-        TrainType("all", lambda model, config, mode: train_all(model)),
+        TrainType("all", lambda model, config, mode: train_all(model), (), (), lambda config: 1e-4, 1e-3),
     )
 }
+
+
+def problems(config, train_type, stage):
+    """Yield what does not go together in the flags of a train type. stage: of ZeRO."""
+    if config.lora_variant not in VARIANT:
+        yield f"--lora_variant {config.lora_variant!r}: must be one of {', '.join(VARIANT)}."
+    if config.freeze_last and config.freeze_module_name:
+        yield "--freeze_last and --freeze_module_name both say what stays trainable: give one of them."
+    if train_type.quantizes and stage == 3:
+        yield (
+            f"--train_type {train_type.name} with a ZeRO-3 file: ZeRO-3 would cut the packed numbers of a quantised "
+            "weight apart from the scales that belong to them. Use a ds_zero2_*.json; the quantised base of a 6B model "
+            "takes 4 GB on each card."
+        )
+    if train_type.quantizes and config.lora_variant == "pissa":
+        yield "--lora_variant pissa changes the base's weights, which qlora has quantised: use --train_type lora."
+    if config.lora_variant == "dora" and stage == 3 and "lora_variant" in train_type.flags:
+        yield (
+            "--lora_variant dora with a ZeRO-3 file: peft reads the whole base weight in every step, where ZeRO-3 "
+            "has a part of it. Use a ds_zero2_*.json."
+        )
+
+
+def unused_flags(train_type, given):
+    """Flags in `given` (those that were set) that concern other train types only, and so have no effect here."""
+    others = {name for other in TRAIN_TYPE.values() for name in other.flags} - set(train_type.flags)
+    return sorted(others & set(given))

@@ -1,36 +1,100 @@
-"""LoRA through peft: inject, save what was trained, load it again."""
+"""LoRA and its variants through peft: inject, save what was trained, load it again."""
 
+import dataclasses
+import math
 import warnings
 from collections import Counter
 from pathlib import Path
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import nn
 
 from glm_finetune.optim import full_shape
 from glm_finetune.weights import iter_file, read_json
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+ALL_LINEAR = "all-linear"
+VARIANT = {
+    "lora": {},
+    "dora": {"use_dora": True},  # arXiv 2402.09353
+    "rslora": {"use_rslora": True},  # arXiv 2312.03732: the scale is alpha / sqrt(rank)
+    "pissa": {"init_lora_weights": "pissa_niter_16"},  # arXiv 2404.02948: begins with the largest singular values
+}
 
 
-def add_lora(model, rank, alpha, dropout, targets, base_path):
-    """Freeze `model` and add LoRA layers. targets: module names, or endings of them after a dot.
+def add_lora(model, rank, alpha, dropout, targets, base_path, variant="lora", modules_to_save=()):
+    """Freeze `model` and add LoRA layers. targets: module names, endings of them after a dot, or `ALL_LINEAR`.
 
+    modules_to_save: names of modules that are trained whole beside it. variant: a key of VARIANT.
     base_path is recorded in adapter_config.json, from where `merge_lora.py` and `predict.py` find the base again.
     Raises ValueError with the names that exist when a target matches nothing.
     """
+    targets = all_linear(model) if list(targets) == [ALL_LINEAR] else targets
     check_targets(model, targets)
+    check_modules(model, modules_to_save)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=list(targets),
+        modules_to_save=list(modules_to_save) or None,
         bias="none",
         task_type="CAUSAL_LM",
         base_model_name_or_path=str(base_path),
+        **VARIANT[variant],
     )
     model.name_or_path = str(base_path)
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # peft uses names that transformers renames
-        return get_peft_model(model, config)
+        model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    model.initial_lora = initial_factors(model) if variant == "pissa" else None
+    return model
+
+
+def all_linear(model):
+    """Names of all kinds of linear layers except the output layer."""
+    head = model.get_output_embeddings()
+    found = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    return sorted(found)
+
+
+def check_modules(model, names):
+    """Raise ValueError for a module to save that does not exist or shares its weight with another."""
+    modules = dict(model.named_modules())
+    uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    for wanted in names:
+        found = [module for name, module in modules.items() if name == wanted or name.endswith("." + wanted)]
+        if not found:
+            shown = sorted({name.rpartition(".")[2] for name in modules if not name.rpartition(".")[2].isdecimal()})
+            raise ValueError(f"--modules_to_save: no module is called {wanted}. There are: {', '.join(shown[1:])}.")
+        if any(uses[id(weight)] > 1 for module in found for weight in module.parameters()):
+            raise ValueError(
+                f"--modules_to_save: {wanted} shares its weight with another module of this model (embedding and "
+                "output layer are one matrix in ChatGLM-6B): it cannot be trained by itself."
+            )
+
+
+def initial_factors(model):
+    """{name: CPU copy} of the LoRA matrices as they begin; PiSSA has taken their product out of the base."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in get_peft_model_state_dict(model).items()}
+
+
+def exported(model, weights):
+    """(tensors, LoraConfig) of an adapter for the base as it is on disk. weights: {name: whole tensor} of what learns.
+
+    PiSSA's begins at B0 A0 and not at 0: B A - B0 A0 is an ordinary adapter of twice the rank.
+    """
+    tensors = get_peft_model_state_dict(model, state_dict=weights)
+    config = dataclasses.replace(model.peft_config["default"], inference_mode=True)
+    if not model.initial_lora:
+        return tensors, config
+    for name, first in model.initial_lora.items():
+        if "lora_A" in name:
+            tensors[name] = torch.cat((tensors[name], first.to(tensors[name].dtype)), 0)  # (2R, in)
+        elif "lora_B" in name:
+            tensors[name] = torch.cat((tensors[name], -first.to(tensors[name].dtype)), 1)  # (out, 2R)
+    alpha = 2 * config.lora_alpha if not config.use_rslora else math.sqrt(2) * config.lora_alpha
+    return tensors, dataclasses.replace(config, r=2 * config.r, lora_alpha=alpha, init_lora_weights=True)
 
 
 def check_targets(model, targets):

@@ -1,15 +1,21 @@
-"""P-Tuning v2: trainable keys and values in front of every layer (arXiv 2110.07602), as in the official ChatGLM code.
+"""P-Tuning: a trainable prefix, the model itself frozen.
 
-A checkpoint holds the prefix alone, under the official parameter names, and config.json with `pre_seq_len`.
+Version 2 (arXiv 2110.07602, the official ChatGLM code): keys and values in front of every layer. Version 1 (arXiv
+2103.10385): embeddings in front of the text, from the paper's prompt encoder. A checkpoint holds what comes of it
+alone: `pytorch_model.bin` with the official parameter names (version 2) or the P embeddings (version 1), and
+config.json.
 """
 
 from pathlib import Path
 
 import torch
 
-from glm_finetune.weights import iter_tensors
+from glm_finetune.models.layers import PromptEncoder
+from glm_finetune.weights import file_dtypes, iter_tensors, read_json, write_json
 
 PREFIX = "transformer.prefix_encoder."
+PROMPT = "transformer.prompt_encoder."
+WEIGHT_FILE = "pytorch_model.bin"  # the official code reads a prefix from this name
 
 
 def add_prefix(model, pre_seq_len, projection, dropout):
@@ -18,21 +24,75 @@ def add_prefix(model, pre_seq_len, projection, dropout):
 
     Raises ValueError if it is longer than the context or the model has one already.
     """
-    if model.config.pre_seq_len:
-        raise ValueError(f"--train_type ptuning: the base has a prefix of {model.config.pre_seq_len} tokens already.")
-    if pre_seq_len >= model.config.max_positions:
-        raise ValueError(f"--pre_seq_len {pre_seq_len}: must be below the context of {model.config.max_positions}.")
+    _check_length(model, pre_seq_len)
     model.requires_grad_(False)
     model.add_prefix(pre_seq_len, projection, dropout)
     return model
 
 
+def add_prompt(model, prompt_len, projection, dropout, max_len):
+    """Freeze `model` and give it a version 1 prompt of `prompt_len` embeddings; projection: from the LSTM encoder.
+
+    max_len: tokens of text, which share the positions with the prompt. Raises ValueError like `add_prefix`.
+    """
+    _check_length(model, prompt_len)
+    if prompt_len + max_len > model.config.max_positions:
+        raise ValueError(
+            f"--pre_seq_len {prompt_len} and --max_len {max_len} are more than the context of "
+            f"{model.config.max_positions}: a version 1 prompt takes positions. Lower one of them."
+        )
+    model.requires_grad_(False)
+    model.add_prompt(prompt_len, projection, dropout)
+    return model
+
+
+def _check_length(model, length):
+    if model.config.pre_seq_len or model.config.prompt_len:
+        raise ValueError("--train_type ptuning: the base has a prefix already; give the base it was made from.")
+    if length >= model.config.max_positions:
+        raise ValueError(f"--pre_seq_len {length}: must be below the context of {model.config.max_positions}.")
+
+
+def write_prefix(model, tensors, folder):
+    """Write what learnt. tensors: {name: whole CPU tensor} of the prefix encoder or the prompt encoder."""
+    if model.config.prompt_len:
+        tensors = {PROMPT + "embedding.weight": _prompt(model, tensors)}
+    torch.save({name: tensor.clone() for name, tensor in tensors.items()}, folder / WEIGHT_FILE)
+    write_json(model.config.to_original(), folder / "config.json")
+
+
+@torch.no_grad()
+def _prompt(model, tensors):
+    """The (P, D) fp32 embeddings that the trained prompt encoder gives: the encoder itself is not needed any more."""
+    tensors = {name.removeprefix(PROMPT): tensor.float() for name, tensor in tensors.items()}
+    num, size = tensors["embedding.weight"].shape
+    encoder = PromptEncoder(num, size, model.transformer.prompt_encoder.projection, dropout=0.0)
+    encoder.load_state_dict(tensors)
+    return encoder().contiguous()
+
+
+def is_prefix_folder(folder):
+    """Whether a folder holds a prefix and no model: one of this project, or of the official P-Tuning code."""
+    path = Path(folder) / "config.json"
+    if not path.is_file() or not {"pre_seq_len", "prompt_len"} & set(read_json(path)):
+        return False
+    if not any((Path(folder) / name).is_file() for name in (WEIGHT_FILE, "model.safetensors")):
+        return False
+    return all(name.startswith((PREFIX, PROMPT)) for name in file_dtypes(folder))
+
+
 def load_prefix(model, folder):
     """Put the prefix in `folder` on `model`. Raises ValueError when names or shapes do not fit the base."""
-    tensors = {name: tensor for name, tensor in iter_tensors(folder) if name.startswith(PREFIX)}
-    pre_seq_len = tensors[PREFIX + "embedding.weight"].shape[0]
-    model.add_prefix(pre_seq_len, any(name.startswith(PREFIX + "trans.") for name in tensors))
-    expected = {name: p for name, p in model.named_parameters() if name.startswith(PREFIX)}
+    tensors = {name: tensor for name, tensor in iter_tensors(folder) if name.startswith((PREFIX, PROMPT))}
+    start = PROMPT if any(name.startswith(PROMPT) for name in tensors) else PREFIX
+    embedding = tensors.get(start + "embedding.weight")
+    if embedding is None:
+        raise ValueError(f"{Path(folder)}: holds no {start}embedding.weight; it is not the checkpoint of a prefix.")
+    if start == PROMPT:
+        model.add_prompt(embedding.shape[0], projection=False)
+    else:
+        model.add_prefix(embedding.shape[0], any(name.startswith(PREFIX + "trans.") for name in tensors))
+    expected = {name: p for name, p in model.named_parameters() if name.startswith((PREFIX, PROMPT))}
     if {n: p.shape for n, p in expected.items()} != {n: t.shape for n, t in tensors.items()}:
         raise ValueError(f"{Path(folder)}: the prefix does not fit the base model. Is it of another base?")
     with torch.no_grad():

@@ -1,9 +1,20 @@
 """Train some of the base's own weights: all of them, or those whose names contain a given part."""
 
+import re
+
 
 def train_all(model):
     """Every parameter learns."""
     return model.requires_grad_(True)
+
+
+def last_layers(model, num):
+    """Parts of parameter names of the last `num` layers. Raises ValueError when the model has fewer."""
+    found = (re.search(r"\blayers\.(\d+)\.", name) for name, _ in model.named_parameters())
+    num_layers = 1 + max(int(match[1]) for match in found if match)
+    if num > num_layers:
+        raise ValueError(f"--freeze_last {num}: the model has {num_layers} layers.")
+    return [f"layers.{i}." for i in range(num_layers - num, num_layers)]
 
 
 def train_named(model, parts):

@@ -1,0 +1,74 @@
+"""A base in 4 or 8 bit, quantised tensor by tensor as it is read: there is never a whole 16-bit copy. bitsandbytes.
+
+    place = Quantized(4, torch.bfloat16, torch.device("cuda", 0))
+    model = mode.model.from_pretrained("ChatGLM3-6B/", place=place)
+
+The layers' matrices are quantised; embedding, norms, biases and the output layer stay in the compute dtype.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from glm_finetune.weights import OnDevice, is_finite, replace_parameter
+
+PACKAGE = "bitsandbytes==0.50.2"
+
+
+@dataclass(frozen=True)
+class Quantized(OnDevice):
+    """A place for weights (see `weights.OnDevice`): bits 4 is nf4 with double quantisation, 8 is LLM.int8()."""
+
+    bits: int
+
+    def construct(self, build):
+        with torch.device("meta"):
+            model = build()
+            head = model.get_output_embeddings()
+            for name, module in list(model.named_modules()):
+                if isinstance(module, nn.Linear) and module is not head:
+                    owner, _, attribute = name.rpartition(".")
+                    setattr(model.get_submodule(owner), attribute, self._layer(module))
+        setattr(model, f"is_loaded_in_{self.bits}bit", True)  # by this peft knows which layers it meets
+        return model
+
+    def _layer(self, linear):
+        bitsandbytes = import_bitsandbytes()
+        sizes = dict(input_features=linear.in_features, output_features=linear.out_features)
+        if self.bits == 4:
+            kind = dict(compute_dtype=self.dtype, compress_statistics=True, quant_type="nf4")
+            layer = bitsandbytes.nn.Linear4bit(**sizes, bias=linear.bias is not None, **kind)
+            # On CPUs the first evaluation would pack the weights anew, for good and with scales rounded to bf16.
+            layer.support_avx512bf16_for_cpu = False
+            return layer
+        return bitsandbytes.nn.Linear8bitLt(
+            **sizes, bias=linear.bias is not None, has_fp16_weights=False, threshold=6.0
+        )
+
+    def assign(self, model, name, tensor):
+        bitsandbytes = import_bitsandbytes()
+        owner, _, attribute = name.rpartition(".")
+        layer = model.get_submodule(owner)
+        kinds = bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt
+        if attribute != "weight" or not isinstance(layer, kinds):
+            return super().assign(model, name, tensor)
+        value = tensor.to(self.device, self.dtype)
+        if self.bits == 4:
+            weight = bitsandbytes.nn.Params4bit(
+                value, requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
+            )
+        else:
+            weight = bitsandbytes.nn.Int8Params(value, requires_grad=False, has_fp16_weights=False)
+        finite = is_finite(value)
+        replace_parameter(model, name, weight.to(self.device))  # quantises
+        return finite
+
+
+def import_bitsandbytes():
+    """The package, or a ValueError that says how to install it."""
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ValueError(f"--train_type qlora needs bitsandbytes ({error}): pip install {PACKAGE}") from None
+    return bitsandbytes
