@@ -29,14 +29,25 @@ def learning(model):
 def tensors_of(engine):
     """Yield (key, fp32 tensor on the CPU): master and moments of each parameter that learns, one at a time.
 
-    All ranks must call and exhaust it. Needs one step taken: before it some stages have no moments.
+    All ranks must call and exhaust it.
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    _link_moments(engine)
+    has_moments = num_updates(engine) > 0
+    if has_moments:
+        _link_moments(engine)
     for name, parameter in learning(engine.module):
-        yield f"master.{name}", safe_get_full_fp32_param(parameter).cpu()
-        yield from ((f"{key}.{name}", safe_get_full_optimizer_state(parameter, key).cpu()) for key in MOMENTS)
+        master = safe_get_full_fp32_param(parameter).cpu()
+        yield f"master.{name}", master
+        for key in MOMENTS:
+            moment = safe_get_full_optimizer_state(parameter, key).cpu() if has_moments else torch.zeros_like(master)
+            yield f"{key}.{name}", moment
+
+
+def num_updates(engine):
+    """Updates that Adam has made; before the first it has no moments."""
+    steps = (int(state["step"]) for state in engine.basic_optimizer.state.values() if "step" in state)
+    return max(steps, default=0)
 
 
 def _link_moments(engine):
@@ -62,8 +73,7 @@ def random_states(device):
 
 def numbers_of(engine, progress):
     """What progress.json holds: where the run stands, Adam's count of updates, fp16's loss scaler."""
-    updates = [int(state["step"]) for state in engine.basic_optimizer.state.values() if "step" in state]
-    record = {**asdict(progress), "updates": max(updates, default=0), "world_size": dist.world_size()}
+    record = {**asdict(progress), "updates": num_updates(engine), "world_size": dist.world_size()}
     if engine.fp16_enabled():
         scaler = vars(engine.optimizer.loss_scaler)
         record["loss_scaler"] = {name: value for name, value in scaler.items() if isinstance(value, (int, float))}

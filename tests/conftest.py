@@ -43,7 +43,8 @@ def data_file(tmp_path, rows):
 
 def pytest_terminal_summary(terminalreporter):
     """Size and time of the part of the grid that was run."""
-    cells = [r for r in terminalreporter.stats.get("passed", []) if "test_matrix.py" in r.nodeid and r.when == "call"]
+    passed = [report for report in terminalreporter.stats.get("passed", []) if report.when == "call"]
+    cells = [report for report in passed if report.nodeid.startswith("tests/test_matrix.py")]
     if cells:
         secs = sum(report.duration for report in cells)
         terminalreporter.write_line(f"grid of sameness: {len(cells)} cells passed in {secs:.0f} s")

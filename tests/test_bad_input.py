@@ -272,3 +272,15 @@ def test_a_missing_deepspeed_file_is_answered_with_those_that_exist():
 def test_a_deepspeed_file_with_a_bom_and_auto_is_read(ds):
     text = '\ufeff{"fp16": {"enabled": "auto", "loss_scale": "auto"}, "train_batch_size": "auto"}'
     assert ds(text)["train_batch_size"] == 16 and "loss_scale" not in ds(text)["fp16"]
+
+
+@pytest.mark.parametrize("section", ["offload_optimizer", "offload_param"])
+def test_an_nvme_folder_that_cannot_be_written_is_named(section, tmp_path):
+    pytest.importorskip("deepspeed")
+    from glm_finetune import engine
+
+    (tmp_path / "file").write_text("")
+    for path, parts in ((tmp_path / "file/x", ["cannot be written"]), (None, ["needs", "nvme_path"])):
+        zero = {"stage": 3, section: {"device": "nvme", **({"nvme_path": str(path)} if path else {})}}
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+        refused(lambda config=config: engine.check(config), "nvme", *parts)
