@@ -4,8 +4,10 @@ start(device); engine = new_engine(model, ds_config, weight_decay); ...; finish(
 """
 
 import copy
+import ctypes
 import datetime
 import os
+import platform
 import socket
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -109,6 +111,8 @@ class Partitioned(OnDevice):
     ds_config: dict
 
     def construct(self, build):
+        if "cpu" in (self.device.type, self.ds_config["zero_optimization"].get("offload_param", {}).get("device")):
+            _give_memory_back()
         import deepspeed
         from transformers.initialization import no_init_weights
         from transformers.integrations import HfDeepSpeedConfig
@@ -128,6 +132,16 @@ class Partitioned(OnDevice):
                 parameter.copy_(tensor)
                 finite = is_finite(parameter)
         return from_main(finite)
+
+
+def _give_memory_back():
+    """Let glibc return large blocks when they are freed.
+
+    It would keep those between the parts that stay, until each rank had taken as much as the whole model.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
+        ctypes.CDLL(None).mallopt(mmap_threshold, 256 * 1024)
 
 
 def new_engine(model, ds_config, weight_decay, loraplus_ratio=None):

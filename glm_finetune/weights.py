@@ -118,8 +118,11 @@ def _first_line(error):
 
 def _iter_safetensors(path):
     with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (not a dict)
-            yield name, file.get_tensor(name)
+        names = list(file.keys())
+    for name in names:
+        with safe_open(path, framework="pt") as file:  # anew: what was read of the mapped file would stay resident
+            tensor = file.get_tensor(name)
+        yield name, tensor
 
 
 def _iter_bin(path):
