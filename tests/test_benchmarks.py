@@ -1,0 +1,51 @@
+"""The benchmarks run and measure what they say; their figures are not judged here."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def benchmark(name, *arguments):
+    """Run benchmarks/<name>.py; returns what it printed."""
+    command = [sys.executable, f"benchmarks/{name}.py", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_train_types_reports_figures_for_a_type(tmp_path):
+    arguments = (
+        "--quick",
+        "--steps",
+        2,
+        "--max_len",
+        64,
+        "--only",
+        "lora",
+        "ptuning 1",
+        "--output",
+        tmp_path / "r.json",
+    )
+    benchmark("train_types", *arguments)
+    results = json.loads((tmp_path / "r.json").read_text())["types"]
+    assert set(results) == {"lora", "ptuning 1"} and all(r["tokens_per_s"] > 0 for r in results.values())
+
+
+@pytest.mark.slow
+def test_zero3_loading_leaves_each_rank_its_half(tmp_path):
+    benchmark("zero3_loading", "--hidden", 128, "--output", tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text())["kept_of_weights"] == pytest.approx([0.5, 0.5], abs=0.02)
+
+
+@pytest.mark.slow
+def test_checkpoint_sizes_are_those_of_the_papers_arithmetic():
+    lines = {line[:20].strip(): line[20:].split() for line in benchmark("checkpoint_sizes").splitlines()[1:]}
+    assert lines["lora"][0] == f"{28 * 8 * (4096 + 4608):,}"  # rank 8 beside 28 query_key_value of 4096 -> 4608
+    assert lines["ptuning 2, flat"][0] == f"{16 * 28 * 2 * 2 * 128:,}"  # tokens, layers, key and value, 2 heads of 128
+    assert lines["all"][0] == f"{6_243_584_000:,}"
