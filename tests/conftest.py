@@ -41,6 +41,15 @@ def data_file(tmp_path, rows):
     return path
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leave out most cells of the grid of sameness unless they are asked for by -m matrix."""
+    if "matrix" not in config.getoption("-m"):
+        cells = [(item, item.get_closest_marker("matrix")) for item in items]
+        left_out = [item for item, marker in cells if marker and not marker.kwargs["always"]]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
 def pytest_terminal_summary(terminalreporter):
     """Size and time of the part of the grid that was run."""
     passed = [report for report in terminalreporter.stats.get("passed", []) if report.when == "call"]

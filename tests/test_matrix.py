@@ -30,12 +30,12 @@ FEW = ((0, 2, "4", True), (1, 2, "2x2", False), (2, 1, "2x2", True), (3, 2, "2x2
 
 
 def cells():
-    """(mode, type, cell) of the whole grid; all but a few are marked `matrix`."""
+    """(mode, type, cell) of the whole grid; a few of each mode and type are always run (see conftest.py)."""
     for i, (mode, kind) in enumerate(itertools.product(MODE, TYPES)):
         few = [FEW[(i + k) % len(FEW)] for k in range(4)]
         for cell in GRID:
             if cell != REFERENCE and not (kind == "qlora" and cell[0] == 3):  # refused
-                marks = [pytest.mark.slow, *([] if cell in few else [pytest.mark.matrix])]
+                marks = [pytest.mark.slow, pytest.mark.matrix(always=cell in few)]
                 name = "zero{}-{}ranks-{}-{}".format(*cell[:3], "checkpointed" if cell[3] else "kept")
                 yield pytest.param(mode, kind, cell, marks=marks, id=f"{mode}-{kind}-{name}")
 

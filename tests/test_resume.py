@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from glm_finetune.checkpoint import checkpoints as checkpoints_in
-from glm_finetune.checkpoint import damage, find_resume
+from glm_finetune.checkpoint import damage, find_resume, write_manifest
 from glm_finetune.tuning import TRAIN_TYPE
 from tests.ranks import run_ranks, train_arguments, train_main
 from tests.test_training import assert_close, run
@@ -130,3 +130,16 @@ def test_state_holds_only_what_learns(finished):
 def test_auto_begins_anew_where_there_is_nothing_to_resume(checkpoints, data_file, tmp_path):
     records, *_ = run("glm3", "lora", checkpoints, data_file, tmp_path / "out", resume="auto")
     assert [record["step"] for record in records] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_a_newer_format_is_refused_and_passed_over(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished[0] / "out", tmp_path / "out")
+    newest, before = checkpoints_in(folder)[-1], checkpoints_in(folder)[-2]
+    record = json.loads((newest / "train_config.json").read_text())
+    (newest / "train_config.json").write_text(json.dumps({**record, "format_version": 99}))
+    (newest / "manifest.json").unlink()
+    write_manifest(newest)
+    with pytest.raises(ValueError, match="format 99, this version reads up to 1"):
+        find_resume(str(newest), folder)
+    assert find_resume("auto", folder) == before and "format 99" in capsys.readouterr().out

@@ -139,6 +139,35 @@ def test_an_official_prefix_folder_is_recognised_and_answers(checkpoints, tmp_pa
     assert torch.equal(model.transformer.prefix_encoder.embedding.weight, prefix)
 
 
+@pytest.mark.parametrize(
+    "tensors, words",
+    [
+        ({"transformer.prefix_encoder.embedding.weight": (4, 99)}, "does not fit the base"),
+        ({"transformer.prefix_encoder.trans.0.weight": (4, 4)}, "not the checkpoint of a prefix"),
+        ({"transformer.prompt_encoder.embedding.weight": (4, 99)}, "does not fit the base"),
+    ],
+)
+def test_a_prefix_of_another_base_is_refused(tensors, words, checkpoints, tmp_path):
+    config = weights.read_json(checkpoints["glm2"] / "config.json") | {"pre_seq_len": 4}
+    weights.write_json(config, tmp_path / "config.json")
+    torch.save({name: torch.zeros(shape) for name, shape in tensors.items()}, tmp_path / "pytorch_model.bin")
+    source = build.find_source(tmp_path, "glm2", checkpoints["glm2"])
+    with pytest.raises(ValueError, match=words):
+        build.load_source(source, "fp32", CPU)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--pre_seq_len", "2048"], "--pre_seq_len 2048: must be below the context of 2048"),
+        (["--pre_seq_len", "2000", "--ptuning_version", "1"], "a version 1 prompt takes positions"),
+    ],
+)
+def test_a_prefix_longer_than_the_context_is_refused(flags, words, checkpoints):
+    with pytest.raises(ValueError, match=words):
+        trained_model(checkpoints, "glm3", "--train_type", "ptuning", *flags)
+
+
 @pytest.mark.parametrize("mode", MODE)
 def test_a_version_1_prompt_is_text_that_was_always_there(mode, checkpoints):
     """Embeddings of real tokens as the prompt: the same as these tokens in front of the text, in a causal model."""
