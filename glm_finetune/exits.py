@@ -4,14 +4,16 @@ with stop_request() as stop: ...       # stop.requested is True after SIGTERM or
 exit_with_message(main)
 """
 
+import json
 import os
 import re
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -19,7 +21,15 @@ import torch
 from glm_finetune import dist
 
 RESUME_ME = 75  # exit code of a run that saved and stopped when it was asked to (EX_TEMPFAIL of sysexits.h)
-LOST = r"connection (was )?(closed|reset|refused|timed out)|socket (closed|timeout)|NCCL|broken pipe|timed out"
+# What gloo, nccl and the store of torch.distributed say when a rank is gone; each was seen, or is in their libraries.
+LOST = (
+    r"connection (was )?(likely )?(closed|reset|refused|timed out)|closed the connection|socket (unexpectedly )?closed|"
+    r"broken pipe|timed? ?out|connectFullMesh failed|remote process"
+)
+KILLED = (
+    "a rank ended without a word. It was killed, most often by the system for lack of memory (dmesg | tail tells); "
+    "if it is on another machine, the output there may say more."
+)
 
 
 class StopRequest:
@@ -46,79 +56,109 @@ def stop_request():
 def exit_with_message(main):
     """Run a script's main(), which may return an exit code; the user's fault becomes a message and exit code 2.
 
-    Until the ranks have joined those of a machine fail alike, and the first speaks for them; after that each speaks for
-    itself, and a rank that only lost the others repeats the words of the one that failed.
-    With GLM_FINETUNE_TRACEBACK=1 in the environment there is a traceback after all.
+    Of several ranks that say the same, as they do before they have joined, the first speaks. Any other error keeps its
+    traceback, exit code 1. A rank that only lost the others says so, and one of these repeats the words of the rank
+    that failed, so that they come last. With GLM_FINETUNE_TRACEBACK=1 in the environment there is always a traceback.
     """
     try:
         code = main()
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         if os.environ.get("GLM_FINETUNE_TRACEBACK"):
-            raise
+            traceback.print_exc()
         _say(str(error))
         _leave(2)
-    except RuntimeError as error:  # what torch raises when another rank is gone; anything else keeps its traceback
-        if dist.world_size() == 1 or not re.search(LOST, str(error), re.IGNORECASE):
-            _remember(traceback.format_exc())
+    except Exception as error:  # nothing is swallowed: it is printed, kept for the other ranks, and ends the process
+        if dist.world_size() == 1:
             raise
-        _say_lost(error)
+        if isinstance(error, RuntimeError) and re.search(LOST, str(error), re.IGNORECASE):
+            _say_lost(error)
+        else:
+            traceback.print_exc()
+            _remember(traceback.format_exc())
         _leave(1)
     if code:
+        _finish_undisturbed()
         sys.exit(code)
 
 
 def _say(text):
-    joined = dist.world_size() > 1
-    if joined:
-        _remember(f"rank {dist.rank()}: {text}")
-    if dist.is_main():
+    """The words of a rank that fails, unless one before it says the same."""
+    if not _among_others():
         print(f"error: {text}", file=sys.stderr, flush=True)
-    elif joined or os.environ.get("LOCAL_RANK") == "0":  # the first rank of another machine
-        print(f"error on rank {os.environ['RANK']}: {text}", file=sys.stderr, flush=True)
+        return
+    _finish_undisturbed()
+    _remember(text)
     if not dist.is_main():
-        time.sleep(1)  # launchers stop all ranks at the first exit: let rank 0 speak before
+        time.sleep(0.5)  # launchers stop all ranks at the first exit: let rank 0 speak before
+    if not any(words == text and rank < _rank() for rank, words in _remembered()):
+        print("error" if dist.is_main() else f"error on rank {_rank()}", text, sep=": ", file=sys.stderr, flush=True)
 
 
 def _say_lost(error):
+    """The words of a rank that only lost the others; the first of these also repeats those of the rank that failed."""
+    _finish_undisturbed()
+    _remember(None)
     time.sleep(1)  # the rank that failed may still be writing
     first_line = str(error).strip().splitlines()[0][:200]
-    print(f"rank {dist.rank()} lost the others: {first_line}", file=sys.stderr, flush=True)
-    if not dist.is_main():
+    print(f"\nrank {_rank()} lost the others: {first_line}", file=sys.stderr, flush=True)
+    remembered = _remembered()
+    if any(words is None and rank < _rank() for rank, words in remembered):
         return
-    path = _memory()
-    words = (
-        path.read_text(encoding="utf-8")
-        if path.is_file()
-        else (
-            "another rank ended without a word: it was killed, most often by the system for lack of memory "
-            "(dmesg | tail tells)."
-        )
-    )
-    print(f"error: {words}", file=sys.stderr, flush=True)
+    time.sleep(0.5)
+    causes = [f"rank {rank}: {words}" for rank, words in remembered if words is not None] or [KILLED]
+    print(f"error: {causes[0]}", file=sys.stderr, flush=True)
+
+
+def _rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def _among_others():
+    """Whether there are other ranks, also before they have joined and after they have parted."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def _finish_undisturbed():
+    """Ignore SIGTERM: launchers send it to the rest when a rank has ended, which may still be speaking or writing."""
+    if _among_others():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _memory():
-    """The file in which a failing rank leaves its words for the others of its machine and launch."""
-    name = f"glm-finetune-{os.getppid()}-{os.environ.get('MASTER_PORT', 0)}.error"
+    """The file in which the ranks of this machine and launch leave their words: a line [rank, words or null] each."""
+    name = f"glm-finetune-{os.getuid()}-{os.getppid()}-{os.environ.get('MASTER_PORT', 0)}.error"
     return Path(tempfile.gettempdir()) / name
 
 
-def _remember(text):
-    if dist.world_size() > 1 and not _memory().is_file():
-        _memory().write_text(text, encoding="utf-8")
+def _remember(words):
+    with suppress(OSError):  # a full disk must not hide the error that is to be told
+        file = os.open(_memory(), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        os.write(file, (json.dumps([_rank(), words]) + "\n").encode())
+        os.close(file)
+
+
+def _remembered():
+    """[(rank, words)] of this launch, those that failed first at the front."""
+    with suppress(OSError):
+        return [json.loads(line) for line in _memory().read_text(encoding="utf-8").splitlines()]
+    return []
 
 
 def forget_errors():
     """Remove what an earlier launch may have left under the same name. Called at the start, on rank 0."""
     if dist.is_main():
-        _memory().unlink(missing_ok=True)
+        with suppress(OSError):
+            _memory().unlink()
 
 
 def _leave(code):
-    """Exit. Among several ranks at once: handlers at exit may wait for ranks that are gone."""
+    """Exit. Among several ranks without handlers, which may wait for ranks that are gone, but after what is written."""
     sys.stdout.flush()
     sys.stderr.flush()
     if dist.world_size() > 1:
+        for thread in threading.enumerate():
+            if not thread.daemon and thread is not threading.main_thread():
+                thread.join()
         os._exit(code)
     sys.exit(code)
 

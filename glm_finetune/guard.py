@@ -13,6 +13,7 @@ from glm_finetune import dist
 from glm_finetune.weights import is_finite
 
 MAX_STILL = 20  # steps with the same loss, or with a loss of 0
+TOO_HIGH = 10  # times the learning rate of the recipe
 SHOWN = 8  # samples of a micro-batch that are named
 
 
@@ -98,15 +99,14 @@ class Guard:
         if broken:
             more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
             yield f"weights hold inf or nan since an earlier step: {broken[0]}{more}. Go back to an earlier checkpoint."
-        rate, most = self.config.learning_rate, self.train_type.max_learning_rate
-        if rate > most:
-            recipe = self.train_type.learning_rate(self.config)
+        rate, recipe = self.config.learning_rate, self.train_type.learning_rate(self.config)
+        if rate > TOO_HIGH * recipe:
             yield f"--learning_rate {rate} is too high for {self.train_type.name}: its recipe has {recipe}."
         if self.engine.fp16_enabled() and in_loss:
             yield "fp16 ends at 65504, which activations of these models pass: use --precision bf16 or fp32."
         elif self.engine.fp16_enabled():
             yield "fp16 overflowed with the smallest loss scale as well: use --precision bf16 or fp32."
-        if not broken and rate <= most:
+        if not broken and rate <= TOO_HIGH * recipe:
             yield f"try a --learning_rate below {rate}, and look at the samples named here."
 
     def _broken_weights(self):

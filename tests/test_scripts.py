@@ -302,7 +302,7 @@ def commands_in(text):
     for line in re.sub(r"\\+\n\s*", " ", text).splitlines():
         match = re.search(r"\b(train|merge_lora|predict)\.py +(--.*)", line)
         if match:
-            arguments = re.sub(r"[|>#].*|<[^>]*>", "", match[2].split("`")[0].replace("...", ""))
+            arguments = re.sub(r'"\$@".*|[|>#].*|<[^>]*>', "", match[2].split("`")[0].replace("...", ""))
             yield match[1], shlex.split(arguments)
 
 

@@ -259,7 +259,8 @@ def test_the_recipe_of_a_train_type_gives_its_learning_rate(checkpoints):
         ("qlora",): 2e-4,
         ("all",): 1e-4,
         ("freeze", "--freeze_last", "1"): 1e-4,
-        ("ptuning",): 2e-2,
+        ("ptuning",): 1e-3,
+        ("ptuning", "--prefix_projection", "False"): 2e-2,
         ("ptuning", "--ptuning_version", "1"): 1e-3,
         ("ptuning", "--learning_rate", "0.5"): 0.5,
     }

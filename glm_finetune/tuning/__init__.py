@@ -32,7 +32,7 @@ class TrainType:
     """apply(model, config, mode) -> the model with what learns set.
 
     flags: those that concern this type only. identity: flags that a run cannot change when it is resumed.
-    learning_rate(config) -> the default of its recipe; max_learning_rate: above it a run that diverges is told so.
+    learning_rate(config) -> the default, that of the recipe.
     saves: "weights" (all), "adapter" (peft's files) or "prefix" (what learns, under its own names).
     fp32: what learns is held in fp32 whatever the compute dtype. quantizes: the base is quantised as it is read.
     """
@@ -42,7 +42,6 @@ class TrainType:
     flags: tuple
     identity: tuple
     learning_rate: Callable
-    max_learning_rate: float
     saves: str = "weights"
     fp32: bool = False
     quantizes: bool = False
@@ -78,32 +77,36 @@ def _ptuning(model, config, mode):
     return add_prefix(model, config.pre_seq_len, config.prefix_projection, config.prefix_dropout)
 
 
+def _ptuning_rate(config):
+    """The official recipe trains keys and values themselves. Through an encoder its rate saturates every tanh within 40
+    steps at the 6B models' width (measured: loss 2.63, with 1e-3 2.11), so there it is lower."""
+    return 2e-2 if config.ptuning_version == 2 and not config.prefix_projection else 1e-3
+
+
 TRAIN_TYPE = {
     train_type.name: train_type
     for train_type in (
-        TrainType("lora", _lora, LORA_FLAGS, LORA_IDENTITY, lambda config: 5e-4, 5e-3, saves="adapter"),
+        TrainType("lora", _lora, LORA_FLAGS, LORA_IDENTITY, lambda config: 5e-4, saves="adapter"),
         TrainType(
             "qlora",
             _lora,
             (*LORA_FLAGS, "quantization_bit"),
             (*LORA_IDENTITY, "quantization_bit"),
             lambda config: 2e-4,
-            5e-3,
             saves="adapter",
             quantizes=True,
         ),
-        TrainType("freeze", _freeze, FREEZE_FLAGS, FREEZE_FLAGS, lambda config: 1e-4, 1e-3),
+        TrainType("freeze", _freeze, FREEZE_FLAGS, FREEZE_FLAGS, lambda config: 1e-4),
         TrainType(
             "ptuning",
             _ptuning,
             PTUNING_FLAGS,
             tuple(name for name in PTUNING_FLAGS if name != "prefix_dropout"),
-            lambda config: 2e-2 if config.ptuning_version == 2 else 1e-3,
-            5e-2,
+            _ptuning_rate,
             saves="prefix",
             fp32=True,
         ),
-        TrainType("all", lambda model, config, mode: train_all(model), (), (), lambda config: 1e-4, 1e-3),
+        TrainType("all", lambda model, config, mode: train_all(model), (), (), lambda config: 1e-4),
     )
 }
 
