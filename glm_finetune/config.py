@@ -118,9 +118,12 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 yield f"--{name} {value}: must be above 0."
-        for name in ("warmup_ratio", "min_lr_ratio", "lora_dropout", "prefix_dropout"):
+        for name in ("warmup_ratio", "min_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 yield f"--{name} {getattr(self, name)}: must be between 0 and 1."
+        for name in ("lora_dropout", "prefix_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                yield f"--{name} {getattr(self, name)}: must be at least 0 and below 1 (1 drops everything)."
         for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
             if (getattr(self, name) or 0) < 0:
                 yield f"--{name} {getattr(self, name)}: must not be negative."

@@ -168,6 +168,8 @@ def _zero_problems(zero):
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
         yield f"ds_file: zero_optimization.stage is {stage!r}, must be 0, 1, 2 or 3."
+    if zero.get("compute_grad_norm", True) is not True:
+        yield "ds_file: compute_grad_norm false would let a gradient that is not finite pass: leave it out."
     if stage != 3 and zero.get("offload_param", {}).get("device", "none") != "none":
         yield f"ds_file offloads parameters at stage {stage}: only stage 3 can (DeepSpeed would ignore it)."
     if not stage and zero.get("offload_optimizer", {}).get("device", "none") != "none":

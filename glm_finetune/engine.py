@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from glm_finetune.dist import from_main
+from glm_finetune.dist import from_main, print_main
 from glm_finetune.optim import parameter_groups
 from glm_finetune.weights import OnDevice, is_finite
 
@@ -93,6 +93,11 @@ def _check_nvme(folder):
         probe.unlink()
     except OSError as error:
         raise ValueError(f"ds_file: nvme_path {folder} cannot be written to ({error}); name another folder.") from None
+    print_main(
+        "offloading to nvme: DeepSpeed compiles async_io at its first use, which takes minutes. If it waits for "
+        "longer, an earlier start was killed while compiling: delete the files called `lock` in TORCH_EXTENSIONS_DIR "
+        "(default: ~/.cache/torch_extensions)."
+    )
     if not deepspeed.ops.__compatible_ops__.get("async_io"):
         raise ValueError(
             "ds_file: offloading to nvme needs DeepSpeed's async_io, which needs libaio and a compiler (Debian: "
@@ -150,6 +155,8 @@ def new_engine(model, ds_config, weight_decay, loraplus_ratio=None):
 
     groups = parameter_groups(model, weight_decay, loraplus_ratio)
     engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
+    if engine.fp16_enabled() and engine.optimizer.loss_scaler.dynamic:
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # the guard says what happened, or skips
     return engine
 
 

@@ -31,15 +31,16 @@ def parse(config_class, arguments, description=None):
     fields = {item.name: item for item in dataclasses.fields(config_class)}
     values, unknown = _parser(config_class, fields, description).parse_known_args(arguments)
     values, problems = vars(values), [*_unknown_flags(unknown, fields)]
+    given = set(values)
     if values.get("config"):
-        from_file, more = read_config_file(values["config"], fields)
-        values, problems = {**from_file, **values}, [*more, *problems]
+        from_file, set_there, more = read_config_file(values["config"], fields)
+        values, problems, given = {**from_file, **values}, [*more, *problems], given | set_there
     for name, item in fields.items():
         if item.default is dataclasses.MISSING and not values.get(name):
             problems.append(f"--{name} must be given: {item.metadata['help']}.")
             values[name] = ""
     config = config_class(**values)
-    config.given = frozenset(values)
+    config.given = frozenset(given)
     raise_together([*problems, *config.problems()])
     return config
 
@@ -66,10 +67,10 @@ def _parser(config_class, fields, description):
 
 
 def read_config_file(path, fields):
-    """({name: value}, problems) of a YAML or JSON file of flags, or of a run's train_config.json.
+    """({name: value}, names that were set, problems) of a YAML or JSON file of flags, or of a run's train_config.json.
 
-    A record's flags that belong to one start only (NOT_FROM_RECORD) are left out. Raises ValueError naming a file that
-    is missing or unreadable.
+    A record has every flag and the names of those that were set; flags that belong to one start only (NOT_FROM_RECORD)
+    are left out. Raises ValueError naming a file that is missing or unreadable.
     """
     path = Path(path)
     if not path.is_file():
@@ -77,7 +78,9 @@ def read_config_file(path, fields):
     found = _read(path)
     if not isinstance(found, dict):
         raise ValueError(f"--config {path}: expected names of flags with their values, found {str(found)[:60]!r}.")
+    given = None
     if "format_version" in found and isinstance(found.get("flags"), dict):
+        given = set(found.get("given", found["flags"]))
         found = {name: value for name, value in found["flags"].items() if name not in NOT_FROM_RECORD}
     values, problems = {}, []
     for name, value in found.items():
@@ -89,7 +92,7 @@ def read_config_file(path, fields):
                 values[name] = _from_file(value, _value_type(fields[name].type))
             except (ValueError, argparse.ArgumentTypeError) as error:
                 problems.append(f"--config {path}: {name} is {value!r}: {error}")
-    return values, problems
+    return values, set(values) if given is None else given & set(values), problems
 
 
 def _read(path):

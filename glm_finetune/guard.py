@@ -17,6 +17,14 @@ TOO_HIGH = 10  # times the learning rate of the recipe
 SHOWN = 8  # samples of a micro-batch that are named
 
 
+def loss_scales(engine):
+    """By what fp16 training multiplies the loss, and the least that it may come down to; 1 in other precisions."""
+    if not engine.fp16_enabled():
+        return 1.0, 1.0
+    scaler = engine.optimizer.loss_scaler
+    return scaler.cur_scale, scaler.min_scale if scaler.dynamic else scaler.cur_scale
+
+
 class Guard:
     """skipped: fp16 steps that the loss scaler discarded. nonfinite: steps that were skipped for another reason."""
 
@@ -24,7 +32,7 @@ class Guard:
         """where(row) -> "file, line N" of a row of the training data."""
         self.engine, self.config, self.train_type, self.where = engine, config, train_type, where
         self.skipped = self.nonfinite = self.still = 0
-        self.last_loss = None
+        self.last_loss, (self.scale, self.smallest_scale) = None, loss_scales(engine)
 
     def check_targets(self, step, num_targets, slots):
         """Raise FloatingPointError if no sample of a step has a target. slots: this rank's micro-batches of rows."""
@@ -42,11 +50,12 @@ class Guard:
         loss: mean of a target token over all ranks. losses: this rank's share of each micro-batch; slots: their rows.
         Raises FloatingPointError with the causes that can be seen. All ranks must call.
         """
-        applied = self.engine.was_step_applied()
+        applied, could_scale_down = self.engine.was_step_applied(), self.scale > self.smallest_scale
+        self.scale, _ = loss_scales(self.engine)
         if math.isfinite(loss) and applied:
             self._watch_still(step, loss)
             return True
-        if math.isfinite(loss) and self._can_scale_down():
+        if math.isfinite(loss) and could_scale_down:  # fp16's loss scaler is looking for the scale that fits
             self.skipped += 1
             return True
         text = self._explain(step, loss, losses, slots, applied)
@@ -55,11 +64,6 @@ class Guard:
             raise FloatingPointError(text)
         dist.print_main(f"skipped, {self.nonfinite} of at most {self.config.max_nonfinite}: {text}")
         return False
-
-    def _can_scale_down(self):
-        """Whether fp16's loss scaler discarded the step and has lowered the scale for the next one."""
-        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
-        return self.engine.fp16_enabled() and scaler.cur_scale > getattr(scaler, "min_scale", 0)
 
     def _watch_still(self, step, loss):
         self.still = self.still + 1 if loss in (0.0, self.last_loss) else 0

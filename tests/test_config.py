@@ -37,6 +37,14 @@ def test_the_record_of_a_run_gives_the_same_run_again(tmp_path):
     first = parse(TrainConfig, [f"--{k}={v}" for k, v in NEEDED.items()] + ["--lora_dim", "3", "--resume", "auto"])
     again = parse(TrainConfig, write(tmp_path / "train_config.json", dataclasses.asdict(first), record=True))
     assert again == dataclasses.replace(first, resume=None, config=again.config)
+    assert {"lora_dim", "mode"} <= again.given
+
+
+def test_only_what_was_set_counts_as_set_when_a_run_is_started_from_its_record(tmp_path):
+    first = parse(TrainConfig, [f"--{k}={v}" for k, v in NEEDED.items()] + ["--warmup_steps", "3"])
+    record = {"format_version": 1, "flags": dataclasses.asdict(first), "given": sorted(first.given)}
+    again = parse(TrainConfig, write(tmp_path / "train_config.json", record))  # has the default of --warmup_ratio, too
+    assert again.warmup_steps == 3 and again.given == first.given | {"config"}
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,9 @@ class StandInEngine:
     def was_step_applied(self):
         return True
 
+    def fp16_enabled(self):
+        return False
+
 
 def new_guard(**changes):
     config = TrainConfig(model_name_or_path="b", train_path="t", output_dir="o", learning_rate=1e-4, **changes)
@@ -207,3 +210,23 @@ def test_weights_that_are_not_finite_when_read_are_named(checkpoints, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(read_json(checkpoints["glm2"] / "config.json")))
     with pytest.raises(ValueError, match=f"inf or nan among the values, as bfloat16 .1.: {name}"):
         MODE["glm2"].model.from_pretrained(tmp_path, dtype=torch.bfloat16)
+
+
+@pytest.mark.slow
+def test_a_static_loss_scale_that_overflows_stops(checkpoints, data_file, tmp_path):
+    fp16 = {"zero_optimization": {"stage": 2}, "fp16": {"loss_scale": 8}}
+    (tmp_path / "ds.json").write_text(json.dumps(fp16))
+    flags = dict(FLAGS, ds_file=tmp_path / "ds.json")
+    arguments = train_arguments("glm3", "lora", checkpoints["glm3"], data_file, tmp_path / "out", **flags)
+    with pytest.raises(RuntimeError, match="step 1: the gradient is not finite"):
+        run_ranks(fp16_main, 1, arguments, 0, range(100), "gradient")
+
+
+@pytest.mark.slow
+def test_skipping_at_the_smallest_fp16_scale_counts_and_ends(checkpoints, data_file, tmp_path):
+    fp16 = {"initial_scale_power": 0, "hysteresis": 1, "min_loss_scale": 1}
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, "fp16": fp16}))
+    flags = dict(FLAGS, ds_file=tmp_path / "ds.json", on_nonfinite="skip", max_nonfinite=3)
+    arguments = train_arguments("glm3", "lora", checkpoints["glm3"], data_file, tmp_path / "out", **flags)
+    with pytest.raises(RuntimeError, match="FloatingPointError: step 4: the gradient is not finite"):
+        run_ranks(fp16_main, 1, arguments, 0, range(100), "gradient")

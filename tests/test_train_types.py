@@ -10,6 +10,7 @@ from glm_finetune.flags import parse
 from glm_finetune.optim import parameter_groups
 from glm_finetune.tuning import TRAIN_TYPE
 from glm_finetune.tuning.lora import load_adapter
+from glm_finetune.tuning.ptuning import write_prefix
 from glm_finetune.tuning.quantize import Quantized
 from tests.refusal import run_main
 from tests.test_training import assert_close, run
@@ -225,6 +226,19 @@ def test_every_lora_variant_begins_at_the_base(variant, checkpoints):
     base = MODE["glm2"].model.from_pretrained(checkpoints["glm2"], dtype=torch.float32)
     ids = torch.arange(20)[None] + 5
     assert torch.allclose(model(input_ids=ids).logits, base(input_ids=ids).logits, atol=1e-4)
+
+
+def test_pissa_of_a_rank_that_a_matrix_does_not_have_is_refused(checkpoints):
+    with pytest.raises(ValueError, match="--lora_dim 500: .* has 32 singular values"):
+        trained_model(checkpoints, "glm2", "--lora_variant", "pissa", "--lora_dim", "500")
+
+
+def test_saving_a_version_1_prompt_takes_no_random_numbers(checkpoints, tmp_path):
+    model, _ = trained_model(checkpoints, "glm3", "--train_type", "ptuning", "--ptuning_version", "1")
+    tensors = {name: p.detach() for name, p in model.named_parameters() if "prompt_encoder" in name}
+    before = torch.get_rng_state()
+    write_prefix(model, tensors, tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_freeze_last_is_the_names_of_the_last_layers(checkpoints):

@@ -2,8 +2,8 @@
 
 Dtype policy, the same for all: weights are held in the compute dtype (--precision), quantised ones as their format
 says; for every weight that learns the optimizer has an fp32 master copy and fp32 moments. The encoder of a prefix is
-itself fp32 and computes in fp32 (with fp16, whose loss scaler needs fp16 weights, it has fp32 masters and computes in
-fp32).
+itself fp32 and computes in fp32. With fp16, whose loss scaler needs fp16 weights, it has fp32 masters; version 2
+computes in fp32 all the same, the LSTM of version 1 in fp16.
 """
 
 from collections.abc import Callable

@@ -32,6 +32,8 @@ def add_lora(model, rank, alpha, dropout, targets, base_path, variant="lora", mo
     """
     targets = all_linear(model) if list(targets) == [ALL_LINEAR] else targets
     check_targets(model, targets)
+    if variant == "pissa":
+        check_rank(model, rank, targets)
     check_modules(model, modules_to_save)
     config = LoraConfig(
         r=rank,
@@ -49,6 +51,17 @@ def add_lora(model, rank, alpha, dropout, targets, base_path, variant="lora", mo
         model = get_peft_model(model, config, autocast_adapter_dtype=False)
     model.initial_lora = initial_factors(model) if variant == "pissa" else None
     return model
+
+
+def check_rank(model, rank, targets):
+    """Raise ValueError if a target has fewer singular values than `rank`, with which PiSSA would begin."""
+    for name, weight in model.named_parameters():
+        layer = name.removesuffix(".weight")
+        most = min(full_shape(weight))
+        if name.endswith(".weight") and layer.endswith(tuple(targets)) and rank > most:
+            raise ValueError(
+                f"--lora_dim {rank}: {layer} has {most} singular values; --lora_variant pissa takes no more."
+            )
 
 
 def all_linear(model):
@@ -112,6 +125,8 @@ def check_targets(model, targets):
     linear = sorted({name.rpartition(".")[2] for name in matrices})
     unmatched = [t for t in targets if not any(name == t or name.endswith("." + t) for name in matrices)]
     if unmatched:
+        if ALL_LINEAR in unmatched:
+            raise ValueError(f"--lora_module_name: {ALL_LINEAR} stands alone; leave the other names out.")
         raise ValueError(
             f"--lora_module_name: no layer is called {', '.join(unmatched)}. Layers that take LoRA: "
             f"{', '.join(linear)}."

@@ -6,6 +6,7 @@ alone: `pytorch_model.bin` with the official parameter names (version 2) or the 
 config.json.
 """
 
+import io
 from pathlib import Path
 
 import torch
@@ -57,7 +58,9 @@ def write_prefix(model, tensors, folder):
     """Write what learnt. tensors: {name: whole CPU tensor} of the prefix encoder or the prompt encoder."""
     if model.config.prompt_len:
         tensors = {PROMPT + "embedding.weight": _prompt(model, tensors)}
-    torch.save({name: tensor.clone() for name, tensor in tensors.items()}, folder / WEIGHT_FILE)
+    file = io.BytesIO()  # torch.save itself turns a full disk into a RuntimeError
+    torch.save({name: tensor.clone() for name, tensor in tensors.items()}, file)
+    (folder / WEIGHT_FILE).write_bytes(file.getbuffer())
     write_json(model.config.to_original(), folder / "config.json")
 
 
@@ -66,8 +69,9 @@ def _prompt(model, tensors):
     """The (P, D) fp32 embeddings that the trained prompt encoder gives: the encoder itself is not needed any more."""
     tensors = {name.removeprefix(PROMPT): tensor.float() for name, tensor in tensors.items()}
     num, size = tensors["embedding.weight"].shape
-    encoder = PromptEncoder(num, size, model.transformer.prompt_encoder.projection, dropout=0.0)
-    encoder.load_state_dict(tensors)
+    with torch.device("meta"):  # initial values would take random numbers that belong to the training
+        encoder = PromptEncoder(num, size, model.transformer.prompt_encoder.projection, dropout=0.0)
+    encoder.load_state_dict(tensors, assign=True)
     return encoder().contiguous()
 
 

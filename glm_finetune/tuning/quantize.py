@@ -53,7 +53,8 @@ class Quantized(OnDevice):
         kinds = bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt
         if attribute != "weight" or not isinstance(layer, kinds):
             return super().assign(model, name, tensor)
-        value = tensor.to(self.device, self.dtype)
+        # bitsandbytes quantises 8-bit weights only on their way from the CPU to a card.
+        value = tensor.to("cpu" if self.bits == 8 else self.device, self.dtype)
         if self.bits == 4:
             weight = bitsandbytes.nn.Params4bit(
                 value, requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
