@@ -156,11 +156,13 @@ def build_and_train(config, mode, train_type, ds_config, precision, device):
     tokenizer, _ = build.check_base(mode, config.model_name_or_path, config.max_len)
     rows, eval_rows, sampler = build.load_data(config, mode, tokenizer)
     collate_rows = partial(collate, pad_token_id=tokenizer.pad_token_id, positions=mode.positions)
-    engine.start(device)
     exits.forget_errors()
+    engine.start(device)
     engine.check(ds_config)
     record = checkpoint.train_record(config, train_type, tokenizer, dist.world_size())
     resume_from = checkpoint.choose_resume(config, record)
+    if resume_from and checkpoint.is_complete(resume_from, config, sampler):
+        return 0
     dist.seed_all(config.seed)
     place = build.choose_place(config, train_type, ds_config, precision, device)
     model = build.load_base(mode, config.model_name_or_path, place, config.gradient_checkpointing)

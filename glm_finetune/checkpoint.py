@@ -110,7 +110,7 @@ class Saver:
         """record: `train_record`. lock: of `lock`, held as long as this lives. best: of an earlier run."""
         self.engine, self.tokenizer, self.train_type, self.config = engine, tokenizer, train_type, config
         self.record, self.best = record, best
-        self.lock, self.thread, self.problem = lock, None, None
+        self.lock, self.thread, self.problem, self.newest = lock, None, None, None
 
     def save(self, epoch, progress, eval_loss=None):
         """Write output_dir/epoch-E-step-S/ and point `latest` to it; returns its path.
@@ -120,25 +120,24 @@ class Saver:
         """
         target = Path(self.config.output_dir) / f"epoch-{epoch}-step-{progress.step}"
         self.wait()
-        if dist.from_main(target.is_dir()):
-            return target
+        there = dist.from_main(self._there(progress.step) if dist.is_main() else None)
+        if there:
+            return there
         if eval_loss is not None and (self.best is None or eval_loss < self.best["eval_loss"]):
             self.best = {"step": progress.step, "eval_loss": eval_loss, "checkpoint": target.name}
         record = {**self.record, "epoch": epoch, "step": progress.step}
         numbers = {**state.numbers_of(self.engine, progress), "best": self.best}
         weights = gathered(self.engine.module, trainable_only=self.train_type.saves != "weights")
         tensors, randoms = state.tensors_of(self.engine), state.random_states(self.engine.device)
-        if self.config.async_save:
-            weights, tensors = _copies(weights), _copies(tensors)
-        parts = (target, weights, tensors, randoms, numbers, record)
-        if self.config.async_save and dist.is_main():
-            self.thread = Thread(target=self._write, args=parts)
+        if dist.is_main() and self.config.async_save:
+            parts = (target, _copies(weights), _copies(tensors), randoms, numbers, record)
+            self.thread = Thread(target=self._write_in_background, args=parts)
             self.thread.start()
-        elif not self.config.async_save:
-            if dist.is_main():
-                self._write(*parts)
-            for _ in chain(weights, tensors):  # ranks that do not write take part in the gathering all the same
-                pass
+        elif dist.is_main():
+            self._write(target, weights, tensors, randoms, numbers, record)
+        for _ in chain(weights, tensors):  # ranks that do not write take part in the gathering all the same
+            pass
+        if not self.config.async_save:
             self.wait()
         return target
 
@@ -148,7 +147,22 @@ class Saver:
             self.thread.join()
             self.thread = None
         problem, self.problem = self.problem, None
+        if isinstance(problem, Exception):
+            raise problem
         dist.all_agree(problem)
+
+    def _there(self, step):
+        """The checkpoint of a step, or None: one that this run has written or went on from. Others are not whole."""
+        for folder in checkpoints(self.config.output_dir):
+            if step_of(folder) == step and (folder == self.newest or damage(folder) is None):
+                return folder
+        return None
+
+    def _write_in_background(self, *parts):
+        try:
+            self._write(*parts)
+        except Exception as error:  # what nobody expected must not end with the thread: `wait` raises it
+            self.problem = error
 
     def _write(self, target, weights, tensors, randoms, numbers, record):
         temporary = target.with_name(TEMPORARY + target.name)
@@ -158,12 +172,15 @@ class Saver:
             state.write(temporary / state.FOLDER, tensors, randoms, numbers)
             write_json(record, temporary / "train_config.json")
             write_manifest(temporary)
+            if target.is_dir():
+                shutil.rmtree(target)  # damaged: see `_there`
             os.replace(temporary, target)
+            self.newest = target
             write_text(target.name, target.with_name("latest"))
             if numbers["best"]:
                 write_text(numbers["best"]["checkpoint"], target.with_name("best"))
             if self.config.save_total_limit:
-                forget_old(target.parent, self.config.save_total_limit, numbers["best"])
+                forget_old(target, self.config.save_total_limit, numbers["best"])
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             self.problem = f"saving {target} failed: {error}. Earlier checkpoints are untouched."
@@ -177,7 +194,7 @@ def _copies(entries):
 def lock(output_dir):
     """Hold output_dir for this run until its process ends; returns rank 0's open file. All ranks must call.
 
-    Raises ValueError on every rank if another run holds it.
+    Removes what a killed run was still writing or deleting. Raises ValueError on every rank if another run holds it.
     """
     file, problem = None, None
     if dist.is_main():
@@ -188,6 +205,9 @@ def lock(output_dir):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
+            for path in Path(output_dir).glob(TEMPORARY + "*"):
+                if re.fullmatch(TEMPORARY + CHECKPOINT, path.name):  # not what merge_lora.py may be writing
+                    shutil.rmtree(path)
         except BlockingIOError:
             file.seek(0)
             problem = f"--output_dir {output_dir}: another run ({file.read()}) is writing to it. Choose another folder."
@@ -197,10 +217,13 @@ def lock(output_dir):
     return file
 
 
-def forget_old(output_dir, limit, best):
-    """Delete all but the newest `limit` whole checkpoints and the best one (`Saver.best` or None)."""
-    whole = [folder for folder in checkpoints(output_dir) if not _missing_bytes(folder)]
-    for old in whole[:-limit]:
+def forget_old(newest, limit, best):
+    """Delete all but the last `limit` whole checkpoints up to `newest`, just written, and the best (`Saver.best`).
+
+    What is numbered higher was there before and was passed over as damaged: it counts for nothing.
+    """
+    whole = [folder for folder in checkpoints(newest.parent) if not _missing_bytes(folder)]
+    for old in [folder for folder in whole if step_of(folder) <= step_of(newest)][:-limit]:
         if not best or old.name != best["checkpoint"]:
             gone = old.with_name(TEMPORARY + old.name)  # a half-deleted one must not look like a checkpoint
             os.replace(old, gone)
@@ -285,6 +308,7 @@ def choose_resume(config, record):
             if folder:
                 check_same_run(folder, record, config.force)
                 _check_steps(folder, config.max_steps)
+            _check_others(folder, config)
         except ValueError as error:
             problem = str(error)
     folder, problem = dist.from_main((folder, problem))
@@ -326,7 +350,40 @@ def _check_steps(folder, max_steps):
         )
 
 
+def _check_others(folder, config):
+    """Raise ValueError if output_dir holds checkpoints that would be lost, or mixed with those to come."""
+    found = checkpoints(config.output_dir)
+    if config.resume == "auto" and found and not folder and not config.overwrite_output_dir:
+        raise ValueError(
+            f"--resume auto: no checkpoint in {config.output_dir} is whole. Choose another folder, or add "
+            "--overwrite_output_dir to delete them and begin anew."
+        )
+    if config.resume != "auto":
+        inside = folder.resolve().parent == Path(config.output_dir).resolve()
+        others = [path.name for path in found if not inside or step_of(path) > step_of(folder)]
+        if others:
+            raise ValueError(
+                f"--resume {folder}: --output_dir {config.output_dir} holds {', '.join(others[:5])}, of another "
+                "continuation. Go on from those with --resume auto, choose another folder, or move them away."
+            )
+
+
+def is_complete(folder, config, sampler):
+    """Whether a run that goes on from `folder` has no step to do; then rank 0 says so."""
+    progress = state.progress_in(folder / state.FOLDER)
+    total_steps = config.max_steps or sampler.total_steps(progress, config.num_train_epochs)
+    if progress.step < total_steps:
+        return False
+    dist.print_main(f"{folder}: all {total_steps} steps are done, this run is complete. Nothing was changed.")
+    return True
+
+
+def step_of(folder):
+    """The optimizer steps behind a checkpoint, from its name."""
+    return int(folder.name.rpartition("-")[2])
+
+
 def checkpoints(output_dir):
     """Complete checkpoints of a run, oldest first."""
     found = [p for p in Path(output_dir).glob("epoch-*") if re.fullmatch(CHECKPOINT, p.name)]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    return sorted(found, key=step_of)

@@ -2,6 +2,20 @@
 
 with stop_request() as stop: ...       # stop.requested is True after SIGTERM or SIGUSR1
 exit_with_message(main)
+
+A rank ends with 0 when the run is complete, 75 when it saved because it was asked to stop, 2 for the user's fault, 1 for
+any other error and when it lost the other ranks. What launchers make of it (DeepSpeed 0.19.8, torch 2.13.0, held by
+tests/test_interruptions.py):
+
+SIGTERM to       deepspeed                                               torchrun
+a rank, or all   ends with 75                                            ends with 1; its report has "exitcode : 75"
+the launcher     ends with 143 at once, tells nobody: training goes on   passes it on, waits, ends with 1
+
+A launcher that passes the signal on, or that sees a rank end, kills what is left after 30 seconds; ranks that get it
+from elsewhere have the time they need for their step, the evaluation of a save that is under way, and the save. Asked
+before the first step, while the model is read, a rank ends at once by the signal: there is nothing to save. So a script
+that wants the 75 signals the ranks (run_scripts/glm3_lora_preemptible_1card.sh); one that cannot starts again with
+--resume auto whatever the code was, until it is 0.
 """
 
 import json
@@ -74,7 +88,7 @@ def exit_with_message(main):
             _say_lost(error)
         else:
             traceback.print_exc()
-            _remember(traceback.format_exc())
+            _remember(traceback.format_exc().strip())
         _leave(1)
     if code:
         _finish_undisturbed()

@@ -111,7 +111,13 @@ def restore(engine, folder, batch, seed, device):
     if engine.fp16_enabled():
         vars(engine.optimizer.loss_scaler).update(record.get("loss_scaler", {}))
     _restore_random(Path(folder) / "random.safetensors", record, seed, device)
-    return Progress(record["step"], record["epoch"], record["rows"]), record
+    return progress_in(folder), record
+
+
+def progress_in(folder):
+    """Where the run whose state is in `folder` stood."""
+    record = read_json(Path(folder) / "progress.json")
+    return Progress(record["step"], record["epoch"], record["rows"])
 
 
 def _create_moments(engine, batch):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from glm_finetune import MODE
+from tests.ranks import Job, train_arguments
 from tests.tiny import make_checkpoint
 
 DATA = Path(__file__).parents[1] / "data"
@@ -57,3 +58,37 @@ def pytest_terminal_summary(terminalreporter):
     if cells:
         secs = sum(report.duration for report in cells)
         terminalreporter.write_line(f"grid of sameness: {len(cells)} cells passed in {secs:.0f} s")
+
+
+@pytest.fixture(scope="session")
+def arguments(checkpoints, tmp_path_factory, rows):
+    """Function: (output folder, flags) -> arguments of a LoRA run with dropout, 6 steps an epoch on two ranks.
+
+    A file is a flag as well: eval_path="data.jsonl", ds_file="stage3.json".
+    """
+    root = tmp_path_factory.mktemp("data")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (root / "data.jsonl").write_text(text, encoding="utf-8")
+    stage3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    (root / "stage3.json").write_text(json.dumps(stage3))
+
+    def make(output_dir, train_type="lora", **flags):
+        files = {name: root / flags[name] for name in ("eval_path", "ds_file") if name in flags}
+        flags = {"per_device_train_batch_size": 1, "lora_dropout": 0.1, **flags, **files}
+        return train_arguments("glm3", train_type, checkpoints["glm3"], root / "data.jsonl", output_dir, **flags)
+
+    return make
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Function: (arguments, prepare, world_size) -> Job, which does not outlive the test."""
+    jobs = []
+
+    def start(arguments, prepare=None, world_size=2):
+        jobs.append(Job(arguments, tmp_path / f"{len(jobs)}.log", world_size, prepare))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.kill()

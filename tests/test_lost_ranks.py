@@ -1,0 +1,97 @@
+"""A rank that dies or fails ends the others within seconds, and its own words come last."""
+
+import os
+import re
+import signal
+import sys
+from functools import partial
+
+import pytest
+
+from glm_finetune.exits import LOST
+from tests.test_interruptions import act_at
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail(error):
+    raise error
+
+
+def act_in(module, name, rank, count, action):
+    """Call action() on `rank` where the function `name` of `module` is called for the count-th time."""
+    owner = sys.modules[module]
+    original, calls = getattr(owner, name), []
+
+    def replaced(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == count and int(os.environ["RANK"]) == rank:
+            action()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, replaced)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    "module, name, count, stage",
+    [
+        ("train", "to_device", 3, 2),
+        ("train", "log", 2, 3),
+        ("glm_finetune.build", "load_base", 1, 3),
+        ("glm_finetune.checkpoint", "gathered", 2, 3),
+        ("glm_finetune.dist", "all_agree", 1, 2),
+    ],
+)
+def test_a_killed_rank_ends_the_others_who_say_so(module, name, count, stage, rank, arguments, start, tmp_path):
+    flags = dict(num_train_epochs=2, save_model_step=1) | ({"ds_file": "stage3.json"} if stage == 3 else {})
+    job = start(arguments(tmp_path / "out", **flags), partial(act_in, module, name, rank, count, die))
+    codes = job.exit_codes()
+    assert codes == ([-9, 1] if rank == 0 else [1, -9]), job.printed()
+    lines = job.printed().splitlines()
+    assert lines[-1].startswith("error: a rank ended without a word. It was killed, most often")
+    assert f"rank {1 - rank} lost the others: " in lines[-2] and "Traceback" not in job.printed()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "error, code, rank",
+    [
+        (ValueError("line 7 is bad"), 2, 0),
+        (ValueError("line 7 is bad"), 2, 1),
+        (RuntimeError("mat1 and mat2"), 1, 2),
+        (KeyError("lost key"), 1, 0),
+    ],
+)
+def test_the_words_of_the_rank_that_failed_come_last_from_one_of_the_others(
+    error, code, rank, arguments, start, tmp_path
+):
+    job = start(arguments(tmp_path / "out"), partial(act_at, 2, [rank], partial(fail, error)), world_size=3)
+    codes = job.exit_codes()
+    assert codes.pop(rank) == code and codes == [1, 1], job.printed()
+    text = job.printed()
+    assert text.count("lost the others: ") == 2 and "without a word" not in text
+    own, repeated = text.rsplit(f"error: rank {rank}: ", 1)
+    assert str(error) in own and repeated.splitlines()[-1].endswith(str(error))
+    assert ("Traceback" in own) == ("Traceback" in repeated) == (code == 1)
+
+
+def test_only_the_loss_of_a_rank_is_taken_for_it():
+    lost = """[pair.cc:553] Connection closed by peer [127.0.0.1]:34706. This is typically caused by a remote worker
+        [pair.cc:537] Read error [127.0.0.1]:18581: Connection reset by peer. This is typically caused by a remote
+        Broken pipe
+        Application timeout caused pair closure
+        Timed out waiting 1800000ms for recv operation to complete
+        Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?
+        Socket unexpectedly closed 127.0.0.1
+        Gloo connectFullMesh failed with [pair.cc:144] no error
+        ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.
+        wait timeout after 1800000ms, keys: /default_pg/0//store_based_barrier_key:1"""
+    other = """mat1 and mat2 shapes cannot be multiplied
+        NCCL error in: NCCLUtils.cpp:77, invalid usage. Last error: Duplicate GPU detected : rank 0 and rank 1
+        CUDA error: device-side assert triggered"""
+    assert all(re.search(LOST, text, re.IGNORECASE) for text in lost.splitlines())
+    assert not [text for text in other.splitlines() if re.search(LOST, text, re.IGNORECASE)]
