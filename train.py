@@ -173,7 +173,8 @@ def build_and_train(config, mode, train_type, ds_config, precision, device):
         nothing = to_device(collate_rows([without_targets(rows[0])]), device)
         progress, numbers = state.restore(ds_engine, resume_from / state.FOLDER, nothing, config.seed, device)
     else:
-        checkpoint.create_output_dir(config.output_dir)  # not before: what fails must not cost the old results
+        # Not before: what fails must not cost the old results.
+        checkpoint.create_output_dir(config.output_dir, config.overwrite_output_dir or config.resume)
         dist.seed_all(config.seed + dist.rank())  # dropout differs between ranks
     total_steps = config.max_steps or sampler.total_steps(progress, config.num_train_epochs)
     settings = (config, train_type, ds_config, model, rows, eval_rows, tokenizer, sampler, total_steps)

@@ -7,6 +7,7 @@ import dataclasses
 import fcntl
 import hashlib
 import importlib.metadata
+import math
 import os
 import re
 import shutil
@@ -48,14 +49,23 @@ def check_output_dir(output_dir, overwrite, inputs=()):
         )
 
 
-def create_output_dir(output_dir):
-    """Delete old results (`check_output_dir` has agreed) and create the folder, on rank 0. All ranks must call."""
-    dist.barrier()
+def create_output_dir(output_dir, overwrite):
+    """Delete old results and create the folder, on rank 0, which holds its `lock`. All ranks must call.
+
+    Raises ValueError on every rank if `overwrite` is False and another run has left results since `check_output_dir`.
+    """
+    problem = None
     if dist.is_main():
-        for result in filter(_is_result, Path(output_dir).glob("*")):
-            shutil.rmtree(result) if result.is_dir() else result.unlink()
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-    dist.barrier()
+        try:
+            check_output_dir(output_dir, overwrite)
+            for result in filter(_is_result, Path(output_dir).glob("*")):
+                shutil.rmtree(result) if result.is_dir() else result.unlink()
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+        except ValueError as error:
+            problem = str(error)
+    problem = dist.from_main(problem)
+    if problem:
+        raise ValueError(problem)
 
 
 def _is_result(path):
@@ -88,6 +98,7 @@ def train_record(config, train_type, tokenizer, world_size):
             **{name: getattr(config, name) for name in train_type.identity},
         },
         "flags": dataclasses.asdict(config),
+        "given": sorted(config.given),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
 
@@ -123,7 +134,8 @@ class Saver:
         there = dist.from_main(self._there(progress.step) if dist.is_main() else None)
         if there:
             return there
-        if eval_loss is not None and (self.best is None or eval_loss < self.best["eval_loss"]):
+        is_number = eval_loss is not None and math.isfinite(eval_loss)
+        if is_number and (self.best is None or eval_loss < self.best["eval_loss"]):
             self.best = {"step": progress.step, "eval_loss": eval_loss, "checkpoint": target.name}
         record = {**self.record, "epoch": epoch, "step": progress.step}
         numbers = {**state.numbers_of(self.engine, progress), "best": self.best}
@@ -198,9 +210,9 @@ def lock(output_dir):
     """
     file, problem = None, None
     if dist.is_main():
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        file = open(Path(output_dir) / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held as long as the run)
         try:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            file = open(Path(output_dir) / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held as long as the run)
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -211,6 +223,8 @@ def lock(output_dir):
         except BlockingIOError:
             file.seek(0)
             problem = f"--output_dir {output_dir}: another run ({file.read()}) is writing to it. Choose another folder."
+        except OSError as error:  # a file system without locks, for one
+            problem = f"--output_dir {output_dir}: cannot be written to or locked ({error}). Choose another folder."
     problem = dist.from_main(problem)
     if problem:
         raise ValueError(problem)
@@ -267,7 +281,11 @@ def damage(folder):
     """What is wrong with a checkpoint, or None."""
     if not (folder / MANIFEST).is_file():
         return f"{folder}: no {MANIFEST}; it is not a complete checkpoint of this project."
-    for name, expected in read_json(folder / MANIFEST).items():
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except ValueError as error:
+        return f"{error} The checkpoint is damaged."
+    for name, expected in manifest.items():
         if not (folder / name).is_file():
             return f"{folder}: {name} is missing."
         if (folder / name).stat().st_size != expected["bytes"] or describe(folder / name) != expected:

@@ -3,13 +3,14 @@
 with stop_request() as stop: ...       # stop.requested is True after SIGTERM or SIGUSR1
 exit_with_message(main)
 
-A rank ends with 0 when the run is complete, 75 when it saved because it was asked to stop, 2 for the user's fault, 1 for
-any other error and when it lost the other ranks. What launchers make of it (DeepSpeed 0.19.8, torch 2.13.0, held by
-tests/test_interruptions.py):
+A rank ends with 0 when the run is complete, 75 when it saved because it was asked to stop, 2 for the user's fault, 1
+for any other error and when it lost the other ranks. What launchers make of it (DeepSpeed 0.19.8, torch 2.13.0, held
+by tests/test_interruptions.py):
 
-SIGTERM to       deepspeed                                               torchrun
-a rank, or all   ends with 75                                            ends with 1; its report has "exitcode : 75"
-the launcher     ends with 143 at once, tells nobody: training goes on   passes it on, waits, ends with 1
+SIGTERM to       deepspeed                                             torchrun
+a rank, or all   ends with 75                                          ends with 1; its report has "exitcode : 75"
+the launcher     ends with 143 at once and tells nobody; the ranks     passes it on, waits, ends with 1
+                 notice that it is gone, save and end
 
 A launcher that passes the signal on, or that sees a rank end, kills what is left after 30 seconds; ranks that get it
 from elsewhere have the time they need for their step, the evaluation of a save that is under way, and the save. Asked
@@ -47,12 +48,31 @@ KILLED = (
 
 
 class StopRequest:
-    """Whether somebody asked the run to stop."""
+    """Whether somebody asked the run to stop: by a signal, or by ending the launcher above it.
 
-    requested = False
+    DeepSpeed's `deepspeed` dies of SIGTERM and passes it to nobody; its ranks would train on without it.
+    """
+
+    def __init__(self):
+        self.signalled, self.launchers = False, _launchers()
 
     def note(self, signum, frame):
-        self.requested = True
+        self.signalled = True
+
+    @property
+    def requested(self):
+        return self.signalled or _launchers() != self.launchers
+
+
+def _launchers():
+    """Process numbers of DeepSpeed's launcher and of what started it; () when this is not one of its ranks."""
+    parent = Path(f"/proc/{os.getppid()}")
+    try:
+        if b"deepspeed.launcher.launch" not in (parent / "cmdline").read_bytes():
+            return ()
+        return os.getppid(), int((parent / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return ()
 
 
 @contextmanager

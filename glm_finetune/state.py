@@ -4,7 +4,7 @@ Plain safetensors and JSON, the same for every ZeRO stage and number of ranks, s
 DeepSpeed's own checkpoints are pickles bound to both. Weights that do not learn are never written.
 
     tensors = tensors_of(engine)               # all ranks must call; rank 0 writes them with `write`
-    restore(engine, folder, progress, batch)   # all ranks must call
+    restore(engine, folder, batch, seed, device)   # all ranks must call
 """
 
 from dataclasses import asdict
@@ -15,7 +15,15 @@ import torch
 from glm_finetune import dist
 from glm_finetune.data.sampler import Progress
 from glm_finetune.engine import whole
-from glm_finetune.weights import iter_file, iter_tensors, read_json, write_json, write_sharded, write_tensors
+from glm_finetune.weights import (
+    iter_file,
+    read_json,
+    read_tensor,
+    tensor_files,
+    write_json,
+    write_sharded,
+    write_tensors,
+)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FOLDER = "state"  # inside a checkpoint
@@ -96,15 +104,16 @@ def restore(engine, folder, batch, seed, device):
     Raises ValueError if the parameters that learn are not those of the state.
     """
     record = read_json(Path(folder) / "progress.json")
-    saved = dict(iter_tensors(folder))
+    files = tensor_files(folder)
     names = {name for name, _ in learning(engine.module)}
-    different = names ^ {key.partition(".")[2] for key in saved}
+    different = names ^ {key.partition(".")[2] for key in files}
     if different:
         raise ValueError(f"--resume: what learns is not what learnt there: {', '.join(sorted(different)[:4])}, ...")
     _create_moments(engine, batch)
     _link_moments(engine)
     for name, parameter in learning(engine.module):
-        _set(engine, parameter, [saved.pop(f"{key}.{name}").to(device) for key in ("master", *MOMENTS)])
+        keys = [f"{key}.{name}" for key in ("master", *MOMENTS)]  # of one parameter at a time: each rank reads them
+        _set(engine, parameter, [read_tensor(files[key], key).to(device) for key in keys])
     for state in engine.basic_optimizer.state.values():
         if "step" in state:
             state["step"].fill_(record["updates"])
@@ -141,11 +150,11 @@ def _set(engine, parameter, values):
 
 
 def _restore_random(path, record, seed, device):
-    """This rank's random numbers go on where they were; with another number of ranks there is no such place."""
-    if record["world_size"] != dist.world_size():
+    """This rank's random numbers go on where they were; with other ranks or another kind of device they begin anew."""
+    states = dict(iter_file(path))
+    if record["world_size"] != dist.world_size() or f"{device.type}.{dist.rank()}" not in states:
         dist.seed_all(seed + dist.rank() + 1000 * record["step"])
         return
-    states = dict(iter_file(path))
     torch.set_rng_state(states[f"cpu.{dist.rank()}"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[f"cuda.{dist.rank()}"], device)

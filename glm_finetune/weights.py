@@ -99,6 +99,21 @@ def iter_file(path):
         ) from error
 
 
+def tensor_files(folder):
+    """{name: path} of all weights in a folder of safetensors."""
+    names = {}
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            names |= dict.fromkeys(file.keys(), path)
+    return names
+
+
+def read_tensor(path, name):
+    """One tensor of a safetensors file, on the CPU."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
+
+
 def file_dtypes(folder):
     """{name: dtype} of all weights in `folder`, without reading them where the format allows."""
     dtypes = {}
@@ -120,9 +135,7 @@ def _iter_safetensors(path):
     with safe_open(path, framework="pt") as file:
         names = list(file.keys())
     for name in names:
-        with safe_open(path, framework="pt") as file:  # anew: what was read of the mapped file would stay resident
-            tensor = file.get_tensor(name)
-        yield name, tensor
+        yield name, read_tensor(path, name)  # opened anew: what was read of the mapped file would stay resident
 
 
 def _iter_bin(path):

@@ -282,14 +282,6 @@ def test_what_launchers_make_of_sigterm(launcher, to, code, launch, arguments, s
     run.wait_for(lambda: (out / "metrics.jsonl").is_file() and len(records(out)) >= 3)
     run.ranks()[1].terminate() if to == "a rank" else run.process.terminate()
     assert run.process.wait(60) == code
-    if code == -signal.SIGTERM:  # the training was not told
-        done = len(records(out))
-        deadline = time.monotonic() + 30
-        while len(records(out)) < done + 3:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        for process in run.below[1:]:
-            process.terminate()
     assert run.has_gone()
     step = len(records(out))
     assert step < 72 and f"asked to stop after step {step}: saved {checkpoints_in(out)[-1]}" in run.log.read_text()
