@@ -19,8 +19,11 @@ import torch
 
 from glm_finetune import build, checkpoint, dist, engine, state
 from glm_finetune.config import TrainConfig, parse
-from glm_finetune.data.dataset import collate, without_targets
+from glm_finetune.data.dataset import InstructionDataset, collate, without_targets
+from glm_finetune.data.files import paths_of
+from glm_finetune.data.report import write_bad_rows
 from glm_finetune.data.sampler import Progress, StepSampler
+from glm_finetune.data.samples import settings_of
 from glm_finetune.ds_config import precision_of, read_ds_file, resolve
 from glm_finetune.loss import IGNORE
 from glm_finetune.optim import lr_at, num_warmup_steps
@@ -132,7 +135,7 @@ def evaluate(run):
 def main():
     config = parse(TrainConfig, sys.argv[1:], __doc__)
     mode, train_type = build.choose(config)
-    inputs = () if config.resume else (config.model_name_or_path, config.train_path, config.eval_path)
+    inputs = () if config.resume else (config.model_name_or_path, *paths_of(config.train_path, config.eval_path))
     checkpoint.check_output_dir(config.output_dir, config.overwrite_output_dir or config.resume, inputs)
     engine.launch_environment()
     world_size, device = int(os.environ["WORLD_SIZE"]), dist.choose_device(config.device)
@@ -140,11 +143,9 @@ def main():
     precision = dist.choose_precision(config.precision or precision_of(ds_json), device)
     ds_config = resolve(ds_json, config, world_size, precision, device.type)
     tokenizer, base_config = build.check_base(mode, config.model_name_or_path, config.max_len)
-    limits = dict(
-        max_len=config.max_len, max_src_len=config.max_src_len, is_skip=config.is_skip, progress=dist.is_main()
-    )
-    rows = mode.dataset(config.train_path, tokenizer, **limits)
-    eval_rows = mode.dataset(config.eval_path, tokenizer, **limits) if config.eval_path else None
+    settings = settings_of(config, mode, tokenizer)
+    rows = InstructionDataset(config.train_path, settings, progress=dist.is_main())
+    eval_rows = InstructionDataset(config.eval_path, settings, dist.is_main()) if config.eval_path else None
     sampler = StepSampler(
         len(rows), config.per_device_train_batch_size, config.gradient_accumulation_steps, world_size, config.seed
     )
@@ -166,8 +167,10 @@ def main():
         checkpoint.create_output_dir(config.output_dir)  # not before: what fails must not cost the old results
         dist.seed_all(config.seed + dist.rank())  # dropout differs between ranks
     total_steps = config.max_steps or sampler.total_steps(progress, config.num_train_epochs)
-    settings = (config, ds_config, model, rows, eval_rows, tokenizer, sampler, total_steps, device, precision)
-    dist.print_main(start_lines(*settings), *([f"\nresumed from {resume_from}: {progress}"] if resume_from else []))
+    if dist.is_main():
+        write_bad_rows(config.output_dir, rows, eval_rows)
+    parts = (config, ds_config, model, rows, eval_rows, tokenizer, sampler, total_steps, device, precision)
+    dist.print_main(start_lines(*parts), *([f"\nresumed from {resume_from}: {progress}"] if resume_from else []))
     tracker = new_tracker(config, total_steps, progress.step)
 
     def save(epoch, progress):

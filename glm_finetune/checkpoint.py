@@ -15,6 +15,7 @@ from pathlib import Path
 from peft import get_peft_model_state_dict
 
 from glm_finetune import dist, state
+from glm_finetune.data.files import fingerprint
 from glm_finetune.engine import whole
 from glm_finetune.weights import read_json, write_json, write_tensors, write_text
 
@@ -22,6 +23,17 @@ FORMAT_VERSION = 1
 TEMPORARY = "tmp-"
 MANIFEST = "manifest.json"
 CHECKPOINT = r"epoch-\d+-step-\d+"  # name of its folder
+RENDERING = (  # flags that change the samples of the same data
+    "is_skip",
+    "truncation",
+    "end_cut_answers",
+    "data_format",
+    "columns",
+    "prompt_text",
+    "template",
+    "train_on",
+    "on_bad_row",
+)
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "sentencepiece")
 
 
@@ -69,18 +81,18 @@ def train_record(config, train_type, tokenizer, world_size):
         "format_version": FORMAT_VERSION,
         "mode": config.mode,
         "train_type": config.train_type,
-        "template": "train",
+        "template": config.template,
         "saves": train_type.saves,
         "base": config.model_name_or_path,
         "base_absolute": os.path.abspath(config.model_name_or_path),
         "world_size": world_size,
         "identity": {
-            "training data": describe(Path(config.train_path))["sha256"][:16],
+            "training data": fingerprint(config.train_path)[:16],
             "tokenizer": describe(tokenizer.folder / tokenizer.model_file)["sha256"][:16],
             "base": describe(Path(config.model_name_or_path) / "config.json")["sha256"][:16],
             "max_len": config.max_len,
             "max_src_len": config.max_src_len,
-            "is_skip": config.is_skip,
+            **{name: getattr(config, name) for name in RENDERING},
             "seed": config.seed,
             **{name: getattr(config, name) for name in train_type.identity},
         },

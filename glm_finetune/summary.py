@@ -31,6 +31,7 @@ def start_lines(config, ds_config, model, rows, eval_rows, tokenizer, sampler, t
         f"parameters  {total:,}, of which {trainable:,} learn ({100 * trainable / total:.2f}%)",
         f"data        {config.train_path}: {rows.report}",
     ]
+    lines += [f"            {hint}" for hint in rows.report.hints()]
     if eval_rows is not None:
         lines.append(f"evaluation  {config.eval_path}: {eval_rows.report}")
     warmup = num_warmup_steps(config.warmup_ratio, total_steps)
