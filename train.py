@@ -14,6 +14,7 @@ import dataclasses
 import os
 import sys
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -168,7 +169,7 @@ def main():
         dist.seed_all(config.seed + dist.rank())  # dropout differs between ranks
     total_steps = config.max_steps or sampler.total_steps(progress, config.num_train_epochs)
     if dist.is_main():
-        write_bad_rows(config.output_dir, rows, eval_rows)
+        write_bad_rows(Path(config.output_dir) / "bad_rows.txt", rows, eval_rows)
     parts = (config, ds_config, model, rows, eval_rows, tokenizer, sampler, total_steps, device, precision)
     dist.print_main(start_lines(*parts), *([f"\nresumed from {resume_from}: {progress}"] if resume_from else []))
     tracker = new_tracker(config, total_steps, progress.step)

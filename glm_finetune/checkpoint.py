@@ -23,17 +23,17 @@ FORMAT_VERSION = 1
 TEMPORARY = "tmp-"
 MANIFEST = "manifest.json"
 CHECKPOINT = r"epoch-\d+-step-\d+"  # name of its folder
-RENDERING = (  # flags that change the samples of the same data
-    "is_skip",
-    "truncation",
-    "end_cut_answers",
-    "data_format",
-    "columns",
-    "prompt_text",
-    "template",
-    "train_on",
-    "on_bad_row",
-)
+RENDERING = {  # flags that change the samples of the same data, with what checkpoints without them did
+    "is_skip": False,
+    "truncation": "tail",
+    "end_cut_answers": True,
+    "data_format": None,
+    "columns": None,
+    "prompt_text": None,
+    "template": "train",
+    "train_on": "all",
+    "on_bad_row": "stop",
+}
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "sentencepiece")
 
 
@@ -234,7 +234,7 @@ def check_same_run(folder, record, force):
     """
     old = read_json(Path(folder) / "train_config.json")
     names = ["mode", "train_type"] + ([] if force else list(record["identity"]))
-    before, now = ({**r, **r.get("identity", {})} for r in (old, record))
+    before, now = ({**RENDERING, **r, **r.get("identity", {})} for r in (old, record))
     different = [
         f"{name}: {before.get(name)} there, {now[name]} here" for name in names if before.get(name) != now[name]
     ]

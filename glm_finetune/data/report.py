@@ -5,7 +5,7 @@ to_train_on = report.keep(prepare_row(where, row, settings), settings.too_long)
 print(report)
 """
 
-import itertools
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,16 @@ from glm_finetune.loss import IGNORE
 
 NUM_SHOWN = 5  # bad rows that an error lists
 PERCENTILES = (50, 90, 99)
+
+
+def percentile(lengths, percent):
+    """The length that `percent` % of the samples do not exceed; 0 without samples. lengths: Counter of lengths."""
+    rank, seen = max(1, math.ceil(lengths.total() * percent / 100)), 0
+    for length in sorted(lengths):
+        seen += lengths[length]
+        if seen >= rank:
+            return length
+    return 0
 
 
 @dataclass
@@ -63,12 +73,6 @@ class Report:
     def longest(self):
         return max(self.lengths, default=0)
 
-    def percentile(self, percent):
-        """The length that `percent` % of the samples do not exceed."""
-        rank = max(1, -(-sum(self.lengths.values()) * percent // 100))
-        ordered = itertools.accumulate(sorted(self.lengths.items()), lambda sofar, item: (item[0], sofar[1] + item[1]))
-        return next((length for length, count in ordered if count >= rank), 0)
-
     def __str__(self):
         names = [
             "rows",
@@ -81,10 +85,32 @@ class Report:
             "tokens",
             "targets",
         ]
-        lengths = " ".join(f"{percent}% {self.percentile(percent):,}" for percent in PERCENTILES)
+        lengths = " ".join(f"{percent}% {percentile(self.lengths, percent):,}" for percent in PERCENTILES)
         counts = ", ".join(f"{name} {getattr(self, name):,}" for name in names)
         counts += f", bad {len(self.bad):,}, tokens {self.tokens:,}, targets {self.targets:,}"
         return f"{counts}, lengths {lengths} longest {self.longest:,}"
+
+    def table(self):
+        """The same as lines, for reading."""
+        shares = (
+            (name, count, self.kept + self.skipped)
+            for name, count in (
+                ("questions cut", self.question_cut),
+                ("answers cut", self.answer_cut),
+                ("dropped, too long", self.skipped),
+                ("empty answers", self.answer_empty),
+            )
+        )
+        yield f"  rows                {self.rows:>12,}"
+        yield f"  bad rows            {len(self.bad):>12,}"
+        yield f"  rows without target {self.no_target:>12,}"
+        yield f"  samples             {self.kept:>12,}"
+        for name, count, total in shares:
+            yield f"  {name:<20}{count:>12,}  ({100 * count / max(1, total):.1f}%)"
+        yield f"  tokens              {self.tokens:>12,}"
+        yield f"  targets             {self.targets:>12,}  ({100 * self.targets / max(1, self.tokens):.1f}%)"
+        yield from (f"  {f'{p}% up to':<20}{percentile(self.lengths, p):>12,}  tokens" for p in PERCENTILES)
+        yield f"  longest             {self.longest:>12,}  tokens"
 
     def hints(self):
         """What the counts say that the user should know, one line each."""
@@ -97,9 +123,12 @@ class Report:
             yield f"{len(self.bad):,} bad rows were left out, the first: {self.bad[0]}"
 
 
-def write_bad_rows(folder, *data_sets):
-    """List the bad rows that were skipped in folder/bad_rows.txt, if there are any. data_sets: None is passed over."""
+def write_bad_rows(path, *data_sets):
+    """List the bad rows that were skipped in a file, if there are any; returns its path or None.
+
+    data_sets: None is passed over.
+    """
     bad = [problem for data in data_sets if data is not None for problem in data.report.bad]
     if bad:
-        path = Path(folder) / "bad_rows.txt"
-        path.write_text("".join(f"{problem}\n" for problem in bad), encoding="utf-8")
+        Path(path).write_text("".join(f"{problem}\n" for problem in bad), encoding="utf-8")
+    return path if bad else None

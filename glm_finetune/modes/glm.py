@@ -52,7 +52,7 @@ def render(tokenizer, messages, limits=None, template="train"):
     target, target_cut = finish_target(target, room, tokenizer.eos_token_id, limits)
     ids = ids + target
     labels = [IGNORE] * len(context) + ids[len(context) :]
-    return Rendered(ids, labels, len(context), source_cut, target_cut, not messages[-1]["content"])
+    return Rendered(ids, labels, len(context), source_cut, target_cut, not messages[-1]["content"], len(source))
 
 
 def samples(tokenizer, messages, limits=None, template="train", train_on="all"):

@@ -72,7 +72,9 @@ def render(tokenizer, messages, limits=None, template="train"):
     room = limits and limits.max_len - OVERHEAD - len(source)
     target = tokenizer.encode_text(messages[-1]["content"])
     target, target_cut = finish_target(target, room, tokenizer.eos_token_id, limits)
-    return Rendered(ids + target, [IGNORE] * len(ids) + target, 0, source_cut, target_cut, not messages[-1]["content"])
+    return Rendered(
+        ids + target, [IGNORE] * len(ids) + target, 0, source_cut, target_cut, not messages[-1]["content"], len(source)
+    )
 
 
 def samples(tokenizer, messages, limits=None, template="train", train_on="all"):

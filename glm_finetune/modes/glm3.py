@@ -7,7 +7,6 @@ conversation is one sample, without </s> between its messages.
 
 import ast
 import json
-from dataclasses import replace
 from functools import partial
 
 from glm_finetune.data.dataset import original_dataset
@@ -71,7 +70,9 @@ def render(tokenizer, messages, limits=None, template="train"):
     room = limits and limits.max_len - OVERHEAD - len(source)
     target, target_cut = finish_target(head + body, room, tokenizer.eos_token_id, limits)
     labels = target if template == "train" else [IGNORE, *target[1:]]
-    return Rendered(ids + target, [IGNORE] * len(ids) + labels, 0, source_cut, target_cut, not messages[-1]["content"])
+    return Rendered(
+        ids + target, [IGNORE] * len(ids) + labels, 0, source_cut, target_cut, not messages[-1]["content"], len(source)
+    )
 
 
 def samples(tokenizer, messages, limits=None, template="train", train_on="all"):
@@ -83,9 +84,7 @@ def samples(tokenizer, messages, limits=None, template="train", train_on="all"):
     trained = trained_turns(messages, train_on)
     num_together = sum(_fits(parts, i, limits) for i in trained)  # the first ones: prompts grow
     together, alone = trained[:num_together], trained[num_together:]
-    rows = [_sequence(tokenizer, parts[: together[-1] + 1], set(together), template)] if together else []
-    if any(not messages[i]["content"] for i in together):
-        rows = [replace(rows[0], answer_empty=True)]
+    rows = [_sequence(tokenizer, messages, parts, together, template)] if together else []
     return rows + [render(tokenizer, messages[: i + 1], limits, template) for i in alone]
 
 
@@ -95,19 +94,21 @@ def _fits(parts, i, limits):
     return limits is None or source <= limits.max_src_len and source + len(parts[i]) <= limits.max_len - OVERHEAD
 
 
-def _sequence(tokenizer, parts, trained, template):
-    """A whole conversation as one sample. parts: ids of each message.
+def _sequence(tokenizer, messages, parts, trained, template):
+    """A conversation up to its last message in `trained` as one sample. parts: ids of each message.
 
     Targets of an answer: metadata, content, and what follows it (the next role, or </s>), which says that it is over;
     its own role token only in the template "train".
     """
     ids, labels, ends = tokenizer.prefix_ids, [IGNORE] * len(tokenizer.prefix_ids), False
-    for i, (role, *rest) in enumerate(parts):
+    for i, (role, *rest) in enumerate(parts[: trained[-1] + 1]):
         ids = [*ids, role, *rest]
         labels.append(role if ends or (i in trained and template == "train") else IGNORE)
         labels += rest if i in trained else [IGNORE] * len(rest)
         ends = i in trained
-    return Rendered([*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id])
+    ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
+    is_empty = any(not messages[i]["content"] for i in trained)
+    return Rendered(ids, labels, answer_empty=is_empty, num_source=sum(map(len, parts[: trained[-1]])))
 
 
 def clean_response(text, history=None):

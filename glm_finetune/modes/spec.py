@@ -30,6 +30,7 @@ class Rendered:
     input_ids, labels: equal length, label -100 = not a target, not shifted.
     num_prefix: tokens of the bidirectional prefix (0 in causal modes).
     source_cut, target_cut: whether question or answer was shortened to fit. answer_empty: an answer to train is "".
+    num_source: tokens before the last answer that Limits.max_src_len counts.
     """
 
     input_ids: list
@@ -38,6 +39,7 @@ class Rendered:
     source_cut: bool = False
     target_cut: bool = False
     answer_empty: bool = False
+    num_source: int = 0
 
 
 @dataclass(frozen=True)
