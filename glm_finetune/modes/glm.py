@@ -31,13 +31,16 @@ PUNCTUATION = ((",", "，"), ("!", "！"), (":", "："), (";", "；"), (r"\?", "
 
 
 def prompt(history, question, template="train"):
-    """The text before the answer. Past rounds count from 0. A single question is [Round 1] in training (the template of
-    ChatGLM-Finetuning), bare in the official chat and [Round 0] in the official chat training. The colons are
-    full-width."""
-    if not history and template != "official_rounds":
-        return f"[Round 1]\n问：{question}\n答：" if template == "train" else question
-    past = "".join(f"[Round {i}]\n问：{old}\n答：{answer}\n" for i, (old, answer) in enumerate(history))
-    return f"{past}[Round {len(history)}]\n问：{question}\n答："
+    """The text before the answer; its colons are full-width.
+
+    "train" counts rounds from 1 (ChatGLM-Finetuning's single question is [Round 1]), the official templates from 0;
+    "official" leaves a question without history bare, as chat() does, "official_rounds" makes it [Round 0].
+    """
+    if not history and template == "official":
+        return question
+    first = 1 if template == "train" else 0
+    past = "".join(f"[Round {i}]\n问：{old}\n答：{answer}\n" for i, (old, answer) in enumerate(history, first))
+    return f"{past}[Round {first + len(history)}]\n问：{question}\n答："
 
 
 def render(tokenizer, messages, limits=None, template="train"):
