@@ -243,7 +243,7 @@ def _read_datasets(text):
             rows = datasets.load_from_disk(name)
             rows = rows[split or "train"] if isinstance(rows, datasets.DatasetDict) else rows
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{text}: `datasets` cannot load it ({error}).") from None
+        raise ValueError(f"{text}: `datasets` cannot load it ({type(error).__name__}: {error}).") from None
     yield from enumerate(rows, 1)
 
 

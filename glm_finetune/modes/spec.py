@@ -164,12 +164,12 @@ def split_turns(messages):
     A system message is put in front of the first question, on a line of its own: these modes have no such role.
     Raises ValueError for another order or another role.
     """
+    if any(m["role"] == "observation" or m.get("metadata") or "tools" in m for m in messages):
+        raise ValueError("tools and their results: this mode has no form for them. Use --mode glm3.")
     if messages and messages[0]["role"] == "system" and len(messages) > 1:
         system, first, *rest = messages
         messages = [{**first, "content": f"{system['content']}\n{first['content']}"}, *rest]
     roles = [message["role"] for message in messages]
-    if "observation" in roles or any(message.get("metadata") or "tools" in message for message in messages):
-        raise ValueError("tools and their results: this mode has no form for them. Use --mode glm3.")
     expected = ["user", "assistant"] * (len(roles) // 2 + 1)
     if not roles or roles != expected[: len(roles)]:
         raise ValueError(f"roles {roles}: this mode knows user and assistant in turn, beginning with the user.")
