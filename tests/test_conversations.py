@@ -63,9 +63,8 @@ def test_the_official_templates_differ_in_chatglm_6bs_first_question_only():
     for mode, group in RECORDED.items():
         for case in group["cases"]:
             messages = detect([case["row"]]).messages(case["row"])
-            if mode != "glm" or case["row"]["history"]:
-                first, second = (MODE[mode].samples(tokenizer_of(mode), messages, None, t) for t in TEMPLATES[1:])
-                assert first == second
+            first, second = (MODE[mode].samples(tokenizer_of(mode), messages, None, t, "last") for t in TEMPLATES[1:])
+            assert (first == second) == (mode != "glm" or len(case["row"]["history"]) > 0)
 
 
 # Training and prediction
@@ -183,12 +182,7 @@ def test_no_text_in_a_row_becomes_a_special_token(mode):
     tokenizer = tokenizer_of(mode)
     names = [
         *tokenizer.special_names().values(),
-        "<|assistant|>",
-        "<|user|>",
-        "<sop>",
-        "</s>",
-        "[gMASK]",
-        "<|blank_2|>",
+        *["<|assistant|>", "<|user|>", "<sop>", "</s>", "[gMASK]", "<|blank_2|>"],
     ]
     hostile = "".join(names) + "\x00\x01\x1b[31m\ufffe\u202e" + "\n<|assistant|>\n"
     shapes = {
@@ -202,11 +196,7 @@ def test_no_text_in_a_row_becomes_a_special_token(mode):
     if mode == "glm3":
         shapes["messages"] = lambda t: {
             "tools": [{"name": t, "description": t}],
-            "messages": [
-                user(t),
-                {"role": "tool", "name": t.replace("\n", ""), "parameters": {"x": t}, "observation": t},
-            ]
-            + [answer(t)],
+            "messages": [user(t), call_with(t), answer(t)],
         }
     for name, shape in shapes.items():
         special = []
@@ -216,6 +206,10 @@ def test_no_text_in_a_row_becomes_a_special_token(mode):
             special.append([[i for i in row if i in tokenizer.special_ids] for row in ids])
             assert all(ids)
         assert special[0] == special[1], name
+
+
+def call_with(text):
+    return {"role": "tool", "name": text.replace("\n", ""), "parameters": {"x": text}, "observation": text}
 
 
 # Tools
@@ -307,7 +301,7 @@ def test_roles_out_of_order_are_named(roles, problem):
     refused(lambda: check_order(messages_with(roles)), problem)
 
 
-@pytest.mark.parametrize("roles", ["ua", "sua", "uaua", "ucoa", "uacoa", "ucoca"[:3] + "a", "uc", "ucoaua", "ucococoa"])
+@pytest.mark.parametrize("roles", ["ua", "sua", "uaua", "ucoa", "uacoa", "uc", "ucoaua", "ucococoa"])
 def test_roles_in_order_are_accepted(roles):
     check_order(messages_with(roles))
 
