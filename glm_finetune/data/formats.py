@@ -55,7 +55,7 @@ class Format:
         """Messages of a row. Raises ValueError with the problem: field, what it is, what to do."""
         messages = self.convert(row, prompt_text) if self.takes_prompt else self.convert(row)
         if messages[:1] and messages[0]["role"] == "text":
-            return messages
+            return messages if needs_answer else [{**messages[0], "role": "user"}]
         if needs_answer and self.answer and messages[-1]["role"] != "assistant":
             text_of(row, self.answer)
         check_order(messages, needs_answer)

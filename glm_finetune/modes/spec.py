@@ -136,7 +136,7 @@ def text_samples(ids, begin, end, limits, num_prefix):
 
     Everything after the prefix and the mode's own beginning is a target: nothing is lost, nothing overlaps.
     """
-    room = (limits.max_len if limits else len(ids) + len(begin) + 1) - len(begin) - 1
+    room = limits.max_len - len(begin) - 1 if limits else len(ids) or 1
     pieces = [ids[i : i + room] for i in range(0, len(ids), room)]
     rows = [begin + piece + ([end] if piece is pieces[-1] else []) for piece in pieces]
     hidden = num_prefix or len(begin)
