@@ -379,7 +379,7 @@ def test_formats_are_told_file_by_file(settings):
 @every_mode
 def test_every_sample_file_trains_two_steps_in_every_mode(mode, path, checkpoints, tmp_path):
     arguments = train_arguments(
-        mode, "lora", checkpoints[mode], path, tmp_path / "out", max_steps=2, max_len=700, max_src_len=600
+        mode, "lora", checkpoints[mode], path, tmp_path / "out", max_steps=2, max_len=2000, max_src_len=1800
     )
     if path.stem == "tools" and mode != "glm3":
         with pytest.raises(RuntimeError, match="tools.json, entry 1: tools .* Use --mode glm3"):

@@ -162,10 +162,10 @@ def from_speakers(entry):
     return [{"role": SPEAKERS[speaker], "content": text_of(entry, "value")} | _loss_of(entry)]
 
 
-def messages_of(entries, convert, tools=None):
+def messages_of(entries, convert, tools=None, field="messages"):
     """Entries of a row -> messages; tools come first, in a system message of their own (ChatGLM3's form).
 
-    convert: `from_roles` or `from_speakers`. Problems are named with the place of the entry, counted from 1.
+    convert: `from_roles` or `from_speakers`. Problems are named with `field` and the place in it, counted from 1.
     """
     messages = [{"role": "system", "content": TOOLS_PROMPT, "tools": tools}] if tools else []
     for i, entry in enumerate(entries, 1):
@@ -174,7 +174,7 @@ def messages_of(entries, convert, tools=None):
                 raise ValueError(f"expected an object, found {entry!r:.60}.")
             messages += convert(entry)
         except ValueError as error:
-            raise ValueError(f"message {i}: {error}") from None
+            raise ValueError(f"field {field!r}, message {i}: {error}") from None
     return messages
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 MAX_LINE = 1 << 24  # bytes of a JSON line; a longer one is a broken file, not a sample
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
 HUB = "hf://"
 BATCH_ROWS = 1024  # of Parquet that are in memory at a time
 
@@ -55,7 +56,7 @@ class Source:
                 if not isinstance(row, (dict, Unreadable)):
                     row = Unreadable(f"expected an object, found {row!r:.60}.")
                 yield number, row
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        except GZIP_ERRORS as error:
             raise ValueError(f"{self.path}: not a whole gzip file ({error}).") from None
         if empty:
             raise ValueError(f"{self.path}: the {'array' if self.unit == 'entry' else 'file'} is empty.")
@@ -140,7 +141,9 @@ def _begins_with(path, mark):
             while block := file.read(4096):
                 if text := block.removeprefix(b"\xef\xbb\xbf").lstrip():
                     return text.startswith(mark)
-    except (EOFError, OSError, zlib.error) as error:
+    except GZIP_ERRORS as error:
+        raise ValueError(f"{path}: not a whole gzip file ({error}).") from None
+    except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error}).") from None
     return False
 

@@ -88,7 +88,7 @@ def with_history(row):
 def conversation(field, convert, row):
     """A list of messages, with tools where the row has them, and a system text beside it where it has one."""
     entries = list_of(row, field)
-    messages = messages_of(entries, convert, tools_of(row))
+    messages = messages_of(entries, convert, tools_of(row), field)
     if row.get("system"):
         at = 1 if messages and "tools" in messages[0] else 0
         messages.insert(at, {"role": "system", "content": text_of(row, "system")})
@@ -96,7 +96,9 @@ def conversation(field, convert, row):
 
 
 def plain_text(row):
-    """Text to continue training on, with no question."""
+    """Text to continue training on, with no question. A row with an answer is in the wrong file: it would be lost."""
+    if row.get("answer") is not None:
+        raise ValueError("field 'answer' stands beside 'text': one file is text alone, or text and answer.")
     return [{"role": "text", "content": text_of(row, "text")}]
 
 
@@ -142,6 +144,8 @@ def fitting(row, needs_answer=True):
 def detect(rows, needs_answer=True):
     """The format that most of `rows` (objects) have; without needs_answer also if none of them has an answer.
 
+    Of two that as many have, the first row's.
+
     Raises ValueError if they have none (naming the nearest and what it lacks) or could be two.
     """
     votes = Counter(form.name for row in rows for form in fitting(row))
@@ -150,6 +154,8 @@ def detect(rows, needs_answer=True):
     if not votes:
         raise ValueError(f"{_nearest(rows[0])} Name other columns with --columns field=column.")
     best = [name for name, count in votes.items() if count == max(votes.values())]
+    first = [form.name for form in fitting(rows[0], needs_answer)]
+    best = [name for name in best if name in first] or best
     if len(best) > 1:
         raise ValueError(f"its fields {sorted(map(str, rows[0]))} could be {' or '.join(best)}: say --data_format.")
     return FORMATS[best[0]]
