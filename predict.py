@@ -33,7 +33,7 @@ def main():
     device = dist.choose_device(config.device)
     precision = dist.choose_precision(config.precision, device)
     source = build.find_source(config.model_path, config.mode, config.ori_model_dir, config.template)
-    rows = list(read_questions(config)) if config.test_path else []
+    rows = list(read_questions(config, source.prompt_text)) if config.test_path else []
     path, settings = output_path(config, source), answer_settings(config, source, precision)
     done = answered(path, rows, config, settings) if config.test_path else []
     dist.seed_all(config.seed)
@@ -65,6 +65,7 @@ def settings_path(path):
 def answer_settings(config, source, precision):
     """What an answer depends on besides its question; answers of other settings are not mixed into one file."""
     names = ("max_length", "max_new_tokens", "do_sample", "top_p", "temperature", "num_beams", "seed")
+    names += ("truncation", "data_format", "columns", "prompt_text")
     files = [path for folder in filter(None, (source.base, source.adapter)) for path in weight_files_in(folder)]
     return {
         "model": str(Path(config.model_path).resolve()),

@@ -84,6 +84,7 @@ def load_base(mode, folder, precision, device, gradient_checkpointing=False):
 class Source:
     """What a model folder is.
 
+    prompt_text: that of its training, or None.
     adapter: folder of a LoRA adapter or (is_prefix) a P-tuning prefix, or None. template: "train" or "official".
     is_bare: not made by this project.
     """
@@ -94,6 +95,7 @@ class Source:
     template: str
     is_bare: bool
     is_prefix: bool
+    prompt_text: str | None = None
 
 
 def find_source(folder, mode_name=None, base=None, template=None):
@@ -120,6 +122,7 @@ def find_source(folder, mode_name=None, base=None, template=None):
         template or record.get("template", "official"),
         is_bare=not record and not is_adapter,
         is_prefix=is_prefix,
+        prompt_text=record.get("flags", {}).get("prompt_text"),
     )
 
 

@@ -200,7 +200,7 @@ class PredictConfig:
     chat: bool = flag("talk to the model in the terminal", False)
     data_format: str | None = flag("format of the rows (data/README.md); default: told from their fields", None)
     columns: str | None = flag("other names of fields in the file: instruction=question,output=reply", None)
-    prompt_text: str | None = flag("put before every text of the format text_answer", None)
+    prompt_text: str | None = flag("put before every text of the format text_answer; default: as in training", None)
     truncation: str = flag("what of a long question is cut: tail, head (the oldest rounds first) or middle", "tail")
     template: str | None = flag(
         "train, official (the released model's chat) or official_rounds (its chat training); default: that of the "

@@ -9,7 +9,7 @@ from glm_finetune import MODE
 from glm_finetune.data import files
 from glm_finetune.data.dataset import InstructionDataset
 from glm_finetune.data.formats import FORMATS
-from glm_finetune.data.samples import Settings
+from glm_finetune.data.samples import Settings, prepare_row
 from glm_finetune.modes.spec import Limits
 from tests.ranks import run_ranks, train_arguments, train_main
 from tests.refusal import refused
@@ -114,6 +114,52 @@ def test_fields_of_no_format_are_answered_with_the_nearest_or_all(dataset):
 
 def test_an_answer_in_a_file_of_plain_text_is_not_lost(dataset):
     refused(lambda: dataset(lines(*[GOOD["text"]] * 3, GOOD["text_answer"])), "line 4: field 'answer' stands beside")
+
+
+JUNK = (None, 0, -1.5, True, "", "x", "[", "{}", "\ud800", [], [None], [[]], {}, {"": 0}, {"role": "tool"}, DEEP)
+CALL = {"function": {"name": "f", "arguments": '{"x": [1]}'}}
+RICH = {
+    "conversations": {
+        "tools": [{"name": "f", "parameters": {}}],
+        "system": "s",
+        "conversations": [
+            {"role": "user", "content": "q"},
+            {"role": "tool", "name": "f", "parameters": {"x": [1]}, "observation": {"y": 2}},
+            {"role": "assistant", "content": "a", "metadata": "", "loss": False},
+        ],
+    },
+    "messages": {
+        "messages": [TALK[0], {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": ""}, TALK[1]]
+    },
+    "sharegpt": {"conversations": [SPOKEN[0], {"from": "function_call", "value": '{"name": "f"}'}]},
+    "prompt_response": GOOD["prompt_response"],
+}
+
+
+def mutants(value):
+    """The value with each of its parts in turn replaced by junk, or left out."""
+    yield from JUNK
+    parts = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else [])
+    for key, part in parts:
+        yield type(value)(other for other in parts if other[0] != key) if isinstance(value, dict) else value[:key]
+        for mutant in mutants(part):
+            yield {**value, key: mutant} if isinstance(value, dict) else [*value[:key], mutant, *value[key + 1 :]]
+
+
+@pytest.mark.parametrize("name", RICH)
+def test_whatever_is_in_a_row_is_a_sample_or_one_clear_error(name, checkpoints):
+    tokenizer = MODE["glm3"].tokenizer.from_pretrained(checkpoints["glm3"])
+    settings = Settings(MODE["glm3"].samples, tokenizer, Limits(400, 200, "head", False), data_format=name)
+    assert prepare_row("file, line 7", RICH[name], settings)
+    outcomes = []
+    for mutant in mutants(RICH[name]):
+        if isinstance(mutant, dict):
+            try:
+                outcomes.append(bool(prepare_row("file, line 7", mutant, settings)))
+            except ValueError as error:
+                assert str(error).startswith("file, line 7: ") and len(str(error)) < 500
+                outcomes.append(None)
+    assert outcomes.count(True) > 2 and outcomes.count(None) > 30
 
 
 # Files

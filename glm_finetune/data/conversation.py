@@ -65,7 +65,7 @@ def as_json(value, what):
     if _depth(value) > MAX_DEPTH:
         raise ValueError(f"{what} is nested deeper than {MAX_DEPTH} levels.")
     try:
-        text = json.dumps(value, ensure_ascii=False)
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{what} is no JSON ({error}).") from None
     return text_of({what: text}, what)
@@ -87,7 +87,7 @@ def _json_of(text, what):
 
 def tool_call(name, arguments):
     """An assistant message in ChatGLM3's form: the tool's name as metadata, the call in a Python code block."""
-    if not isinstance(name, str) or not name.strip() or "\n" in name:
+    if not isinstance(name, str) or not name.strip() or "\n" in text_of({"name": name}, "name"):
         raise ValueError(f"the name of a called tool is {name!r:.40}; expected one line of text.")
     if isinstance(arguments, str):
         arguments = _json_of(arguments, f"the arguments of {name!r}")
@@ -117,7 +117,7 @@ def from_roles(entry):
         return [{"role": "observation", "content": text_of(entry, "content")}]
     if role not in ("system", "user", "assistant", "observation"):
         raise ValueError(f"role {role!r:.40}: must be system, user, assistant, observation or tool.")
-    calls = entry.get("tool_calls") or []
+    calls = list_of(entry, "tool_calls") if entry.get("tool_calls") else []
     spoken = [_spoken(entry, role) | loss] if entry.get("content") or not calls else []
     return spoken + [_openai_call(call) | loss for call in calls]
 

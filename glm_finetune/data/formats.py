@@ -149,7 +149,7 @@ def detect(rows, needs_answer=True):
     Raises ValueError if they have none (naming the nearest and what it lacks) or could be two.
     """
     votes = Counter(form.name for row in rows for form in fitting(row))
-    if not votes and not needs_answer:
+    if not needs_answer and votes.keys() <= {"text", "text_answer"}:
         votes = Counter(form.name for row in rows for form in fitting(row, needs_answer))
     if not votes:
         raise ValueError(f"{_nearest(rows[0])} Name other columns with --columns field=column.")

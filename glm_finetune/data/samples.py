@@ -127,9 +127,10 @@ def prepare_row(where, row, settings):
     return rendered
 
 
-def read_questions(config):
+def read_questions(config, trained_prompt=None):
     """Yield (row, messages up to the last answer, that answer or None) of --test_path. config: PredictConfig.
 
+    trained_prompt: the --prompt_text of the training, used where the format takes one and config has none.
     Raises ValueError naming the place of a bad row.
     """
     settings = Settings(
@@ -142,6 +143,8 @@ def read_questions(config):
     )
     for source in list_sources(config.test_path):
         known = of_source(source, settings, needs_answer=False)
+        if named(known.data_format).takes_prompt:
+            known = replace(known, prompt_text=known.prompt_text or trained_prompt or "")
         for number, row in source.rows():
             messages = messages_in(source.where(number), row, known, needs_answer=False)
             asked = len(messages)
