@@ -232,6 +232,12 @@ def test_bad_rows_are_skipped_and_listed_on_request(dataset):
     assert "bad 5" in str(data.report) and "5 bad rows were left out" in "".join(data.report.hints())
 
 
+def test_a_file_that_begins_with_bad_rows_is_read_on_after_them(dataset):
+    content = b"{oops\n" * 60 + lines(GOOD["text_answer"])
+    assert len(dataset(content, on_bad_row="skip")) == 1
+    refused(lambda: dataset(b"{oops\n" * 60, on_bad_row="skip"), "no row can be read", "line 1: not JSON")
+
+
 def test_nothing_but_bad_rows_is_an_error_that_lists_some(dataset):
     content = lines(*[{"text": 3}] * 9)
     message = refused(lambda: dataset(content, on_bad_row="skip"), "no row left", "bad 9", "line 1: field 'text' is 3")

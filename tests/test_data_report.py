@@ -148,10 +148,12 @@ SHAPES = [{1: 1}, {40: 5, 60: 3, 61: 2}, {n: n % 7 for n in range(1, 900)}, {30:
 @pytest.mark.parametrize("lengths", SHAPES)
 def test_every_sample_is_in_its_bin_or_counted_as_outside(lengths, limit):
     lengths = Counter(lengths)
-    width, counts, num_outside = bins_of(Panel("x", lengths, "max", limit))
+    width, counts, over, num_outside = bins_of(Panel("x", lengths, "max", limit))
     assert sum(counts) + num_outside == lengths.total() and len(counts) <= 64
     for i, count in enumerate(counts):
-        assert count == sum(n for length, n in lengths.items() if i * width < length <= (i + 1) * width)
+        inside = {length: n for length, n in lengths.items() if i * width < length <= (i + 1) * width}
+        assert count == sum(inside.values())
+        assert over[i] == sum(n for length, n in inside.items() if length > limit)
     assert num_outside <= lengths.total() / 100
 
 

@@ -48,10 +48,10 @@ def nice_step(span, num):
 
 
 def bins_of(panel):
-    """(width of a bin, counts, number of samples right of the last bin). Bin i has lengths above i * width.
+    """(width of a bin, counts, how many of each are over the limit, number of samples right of the last bin).
 
-    The axis ends at twice the 99th percentile, so that one very long sample does not flatten the rest, but shows a
-    limit that lies within reach of the samples.
+    Bin i has lengths above i * width. The axis ends at twice the 99th percentile, so that one very long sample does not
+    flatten the rest, but shows a limit that lies within reach of the samples.
     """
     longest, usual = max(panel.lengths, default=1), 2 * percentile(panel.lengths, 99)
     right = max(1, min(longest, usual))
@@ -59,10 +59,13 @@ def bins_of(panel):
         right = max(right, math.ceil(1.05 * panel.limit))
     width = nice_step(right, NUM_BINS)
     counts = [0] * math.ceil(right / width)
+    over = list(counts)
     for length, count in panel.lengths.items():
-        if (length - 1) // width < len(counts):
-            counts[max(0, length - 1) // width] += count
-    return width, counts, panel.lengths.total() - sum(counts)
+        i = max(0, length - 1) // width
+        if i < len(counts):
+            counts[i] += count
+            over[i] += count if length > panel.limit else 0
+    return width, counts, over, panel.lengths.total() - sum(counts)
 
 
 def _font(size):
@@ -72,7 +75,7 @@ def _font(size):
 
 
 def _draw_panel(draw, panel, top):
-    width, counts, num_outside = bins_of(panel)
+    width, counts, over, num_outside = bins_of(panel)
     right, highest = width * len(counts), max([1, *counts])
     step = nice_step(highest, 5)
     tallest = step * math.ceil(highest / step)
@@ -85,10 +88,12 @@ def _draw_panel(draw, panel, top):
     for value in range(0, tallest + 1, step):
         draw.line([at(0, value), at(right, value)], fill=GRID, width=1)
         draw.text((LEFT - 12, at(0, value)[1]), f"{value:,}", fill=GREY, font=_font(17), anchor="rm")
-    for i, count in enumerate(counts):
-        if count:
-            (x0, y0), (x1, y1) = at(i * width, count), at((i + 1) * width)
-            draw.rectangle([x0 + 1, min(y0, y1 - 2), x1 - 1, y1], fill=OVER if i * width >= panel.limit else BAR)
+    for i, (count, num_over) in enumerate(zip(counts, over)):
+        (x0, bottom), (x1, _) = at(i * width), at((i + 1) * width)
+        for colour, height, base in ((OVER, count, count - num_over), (BAR, count - num_over, 0)):
+            if height > base:
+                y0, y1 = at(0, height)[1], at(0, base)[1]
+                draw.rectangle([x0 + 1, min(y0, bottom - 2), x1 - 1, y1], fill=colour)
     draw.line([at(0), at(right)], fill=INK, width=2)
     for value in range(0, right + 1, nice_step(right, 12)):
         x, y = at(value)

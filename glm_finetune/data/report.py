@@ -74,43 +74,38 @@ class Report:
         return max(self.lengths, default=0)
 
     def __str__(self):
-        names = [
-            "rows",
-            "kept",
-            "question_cut",
-            "answer_cut",
-            "skipped",
-            "no_target",
-            "answer_empty",
-            "tokens",
-            "targets",
-        ]
-        lengths = " ".join(f"{percent}% {percentile(self.lengths, percent):,}" for percent in PERCENTILES)
+        names = ("rows", "kept", "question_cut", "answer_cut", "skipped", "no_target", "answer_empty")
         counts = ", ".join(f"{name} {getattr(self, name):,}" for name in names)
         counts += f", bad {len(self.bad):,}, tokens {self.tokens:,}, targets {self.targets:,}"
+        lengths = " ".join(f"{percent}% {percentile(self.lengths, percent):,}" for percent in PERCENTILES)
         return f"{counts}, lengths {lengths} longest {self.longest:,}"
 
     def table(self):
         """The same as lines, for reading."""
-        shares = (
-            (name, count, self.kept + self.skipped)
-            for name, count in (
-                ("questions cut", self.question_cut),
-                ("answers cut", self.answer_cut),
-                ("dropped, too long", self.skipped),
-                ("empty answers", self.answer_empty),
-            )
-        )
-        yield f"  rows                {self.rows:>12,}"
-        yield f"  bad rows            {len(self.bad):>12,}"
-        yield f"  rows without target {self.no_target:>12,}"
-        yield f"  samples             {self.kept:>12,}"
-        for name, count, total in shares:
-            yield f"  {name:<20}{count:>12,}  ({100 * count / max(1, total):.1f}%)"
-        yield f"  tokens              {self.tokens:>12,}"
-        yield f"  targets             {self.targets:>12,}  ({100 * self.targets / max(1, self.tokens):.1f}%)"
-        yield from (f"  {f'{p}% up to':<20}{percentile(self.lengths, p):>12,}  tokens" for p in PERCENTILES)
-        yield f"  longest             {self.longest:>12,}  tokens"
+        num_samples = max(1, self.kept + self.skipped)
+        shares = {
+            "questions cut": self.question_cut / num_samples,
+            "answers cut": self.answer_cut / num_samples,
+            "dropped, too long": self.skipped / num_samples,
+            "empty answers": self.answer_empty / num_samples,
+            "targets": self.targets / max(1, self.tokens),
+        }
+        counts = {
+            "rows": self.rows,
+            "bad rows": len(self.bad),
+            "rows without target": self.no_target,
+            "samples": self.kept,
+            "questions cut": self.question_cut,
+            "answers cut": self.answer_cut,
+            "dropped, too long": self.skipped,
+            "empty answers": self.answer_empty,
+            "tokens": self.tokens,
+            "targets": self.targets,
+            **{f"{percent}% up to": percentile(self.lengths, percent) for percent in PERCENTILES},
+            "longest": self.longest,
+        }
+        for name, count in counts.items():
+            yield f"  {name:<20}{count:>12,}" + (f"  ({shares[name]:.1%})" if name in shares else "")
 
     def hints(self):
         """What the counts say that the user should know, one line each."""

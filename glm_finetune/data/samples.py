@@ -5,7 +5,6 @@ for source in list_sources(path):
     for number, row in source.rows(): prepare_row(source.where(number), row, of_source(source, settings))
 """
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -20,7 +19,7 @@ class Settings:
 
     samples: Mode.samples. data_format: name of a format, None: told from the first rows of each file. columns: field
     -> column. too_long: what becomes of a sample that does not fit: "cut", "drop" or "error". on_bad_row: "stop" or
-    "skip". needs_answer: False for prediction, where the last answer may be missing.
+    "skip".
     """
 
     samples: Callable
@@ -77,21 +76,34 @@ def check_limits(max_len, max_src_len, question_tail, overhead):
 def of_source(source, settings, needs_answer=True):
     """The settings with the format of a file, told from its first rows. Raises ValueError naming the file."""
     if settings.data_format is None:
-        first = itertools.islice(source.rows(), NUM_DETECTED)
-        rows = [(n, row if isinstance(row, Unreadable) else renamed(row, settings.columns)) for n, row in first]
-        readable = [(number, row) for number, row in rows if not isinstance(row, Unreadable)]
-        if not readable:
-            raise ValueError(f"{source.where(rows[0][0])}: {rows[0][1].problem}")
+        rows = _first_rows(source, settings)
         try:
-            form = detect([row for _, row in readable], needs_answer)
+            form = detect([renamed(row, settings.columns) for _, row in rows], needs_answer)
         except ValueError as error:
-            raise ValueError(f"{source.where(readable[0][0])}: {error}") from None
+            raise ValueError(f"{source.where(rows[0][0])}: {error}") from None
         settings = replace(settings, data_format=form.name)
     if settings.prompt_text and not named(settings.data_format).takes_prompt:
         raise ValueError(
             f"--prompt_text goes with the format text_answer; {source.path} is {settings.data_format}. Leave it out."
         )
     return settings
+
+
+def _first_rows(source, settings):
+    """[(number, row)] to tell the format from. Raises ValueError for an unreadable one that is not to be skipped."""
+    first, problems = [], []
+    for number, row in source.rows():
+        if not isinstance(row, Unreadable):
+            first.append((number, row))
+        elif settings.on_bad_row == "skip":
+            problems = problems or [f"{source.where(number)}: {row.problem}"]
+        else:
+            raise ValueError(f"{source.where(number)}: {row.problem}")
+        if len(first) == NUM_DETECTED:
+            break
+    if not first:
+        raise ValueError(f"{source.path}: no row can be read. The first: {problems[0]}")
+    return first
 
 
 def messages_in(where, row, settings, needs_answer=True):
