@@ -12,8 +12,10 @@ import pytest
 from glm_finetune import MODE, dist
 from glm_finetune.config import ReportConfig, parse
 from glm_finetune.data import __main__ as report_script
+from glm_finetune.data.dataset import InstructionDataset
 from glm_finetune.data.histogram import BAR, LIMIT, OVER, Panel, bins_of, nice_step, save_histograms
 from glm_finetune.data.report import Report, percentile
+from glm_finetune.data.samples import settings_of
 from tests.refusal import refused
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +53,21 @@ def test_the_report_counts_and_draws_what_training_would_do(report, mode):
     assert (numbers["questions cut"], numbers["answers cut"]) == ("1", "0")
     assert "1 questions were cut: raise --max_src_len" in printed
     assert Path("lengths.png").read_bytes().startswith(b"\x89PNG")
+
+
+@every_mode
+def test_the_lengths_are_those_before_cutting_and_agree_with_what_is_cut(mode, checkpoints, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS) + '{"question": 3}\n', encoding="utf-8")
+    tokenizer = MODE[mode].tokenizer.from_pretrained(checkpoints[mode])
+    arguments = ["--train_path", str(path), "--model_name_or_path", "x", "--on_bad_row", "skip", "--max_len", "300"]
+    for max_src_len in (30, 60, 200):
+        config = parse(ReportConfig, [*arguments, "--max_src_len", str(max_src_len)])
+        settings = settings_of(config, MODE[mode], tokenizer)
+        sources, samples = report_script.uncut_lengths(path, settings)
+        assert sources.total() == samples.total() == len(ROWS) and max(samples) > 200
+        over = sum(count for length, count in sources.items() if length > max_src_len)
+        assert over == InstructionDataset(path, settings).report.question_cut > 0
 
 
 def test_no_weights_are_read(report, checkpoints, tmp_path):

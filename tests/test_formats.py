@@ -262,6 +262,8 @@ def test_files_with_weights_and_the_rows_their_samples_are_from(tmp_path, settin
     )
     data = InstructionDataset(f"{a}:2, {b}:0.5", settings())
     assert len(data) == 6 and data.report.kept == 6 and data.report.rows == 6
+    assert data.report.tokens == sum(len(row["input_ids"]) for row in data)
+    assert data.report.targets == sum(label != -100 for row in data for label in row["labels"])
     assert [data.where(i).rpartition("/")[2] for i in range(6)] == [
         *["a.jsonl, line 2"] * 2,
         *["a.jsonl, line 3"] * 2,
@@ -360,7 +362,8 @@ def test_plain_text_is_cut_into_pieces_that_lose_nothing(mode, settings):
     assert [i for piece in pieces for i in piece.input_ids[2:]] == sample.input_ids[2:]
     assert sample.input_ids[-1] == end and sum(i == end for piece in pieces for i in piece.input_ids) == 1
     assert whole.tokenizer.decode(sample.input_ids[2:-1]).replace("，", ",") == text.replace("，", ",")
-    assert sample.labels[2:] == sample.input_ids[2:] and sample.labels[0] == -100
+    hidden = sample.num_prefix or 2  # ChatGLM-6B: [gMASK] is the prefix and <sop> a target; else [gMASK] sop
+    assert sample.labels == [-100] * hidden + sample.input_ids[hidden:] and sample.num_prefix == (mode == "glm")
     assert prepare_row("row", {"text": ""}, whole) == []
 
 
