@@ -149,8 +149,20 @@ def test_chatglm3_trains_a_conversation_as_one_sample_and_cuts_only_what_does_no
     assert len(whole) == 1
     limits = Limits(200, mode.samples(tokenizer, TALK[:4], WIDE)[0].num_source)  # the third prompt is too long
     first, second = mode.samples(tokenizer, TALK, limits)
-    assert first == mode.samples(tokenizer, TALK[:4], WIDE)[0]
+    ends = [mode.samples(tokenizer, TALK[:4], WIDE)[0].input_ids[:-1], [tokenizer.get_command("<|user|>")]]
+    assert first.input_ids == sum(ends, [])
     assert second == mode.render(tokenizer, TALK, limits) and second.source_cut and not first.source_cut
+
+
+def test_a_conversation_in_parts_ends_every_answer_with_what_follows_it():
+    tokenizer, mode = tokenizer_of("glm3"), MODE["glm3"]
+    result = {"role": "observation", "content": "晴"}
+    talk = [user("天气？" * 20), answer("我来查。"), tool_call("f", {}), result, answer("晴")]
+    (whole,) = mode.samples(tokenizer, talk, WIDE)
+    parts = mode.samples(tokenizer, talk, Limits(100, 30))  # no prompt fits, so that each answer is a sample
+    last = [[label for label in part.labels if label != -100][-1] for part in parts]
+    assert [tokenizer.special_names()[i] for i in last] == ["<|assistant|>", "<|observation|>", "</s>"]
+    assert all(label in whole.labels for label in last)
 
 
 @pytest.mark.parametrize("mode", ["glm", "glm2"])

@@ -56,8 +56,8 @@ def source_ids(tokenizer, messages, limits):
     return cut_source(ids, limits, fixed), True
 
 
-def render(tokenizer, messages, limits=None, template="train"):
-    """See Mode.render."""
+def render(tokenizer, messages, limits=None, template="train", end=None):
+    """See Mode.render. end: the token that says that the answer is over; default </s>."""
     if not messages:
         raise ValueError("an empty conversation.")
     has_answer = messages[-1]["role"] == "assistant"
@@ -68,7 +68,7 @@ def render(tokenizer, messages, limits=None, template="train"):
         return Rendered(ids, [IGNORE] * len(ids), 0, source_cut)
     head, body = message_ids(tokenizer, messages[-1])
     room = limits and limits.max_len - OVERHEAD - len(source)
-    target, target_cut = finish_target(head + body, room, tokenizer.eos_token_id, limits)
+    target, target_cut = finish_target(head + body, room, end or tokenizer.eos_token_id, limits)
     labels = target if template == "train" else [IGNORE, *target[1:]]
     return Rendered(
         ids + target, [IGNORE] * len(ids) + labels, 0, source_cut, target_cut, not messages[-1]["content"], len(source)
@@ -85,7 +85,14 @@ def samples(tokenizer, messages, limits=None, template="train", train_on="all"):
     num_together = sum(_fits(parts, i, limits) for i in trained)  # the first ones: prompts grow
     together, alone = trained[:num_together], trained[num_together:]
     rows = [_sequence(tokenizer, messages, parts, together, template)] if together else []
-    return rows + [render(tokenizer, messages[: i + 1], limits, template) for i in alone]
+    return rows + [render(tokenizer, messages[: i + 1], limits, template, _end(tokenizer, messages, i)) for i in alone]
+
+
+def _end(tokenizer, messages, i):
+    """What follows message i: the role of the next one, or </s>. Before a call it must not be </s>: a model that stops
+    there never makes the call."""
+    is_last = i + 1 == len(messages)
+    return tokenizer.eos_token_id if is_last else tokenizer.get_command(f"<|{messages[i + 1]['role']}|>")
 
 
 def _fits(parts, i, limits):
@@ -106,9 +113,10 @@ def _sequence(tokenizer, messages, parts, trained, template):
         labels.append(role if ends or (i in trained and template == "train") else IGNORE)
         labels += rest if i in trained else [IGNORE] * len(rest)
         ends = i in trained
-    ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
+    end = _end(tokenizer, messages, trained[-1])
     is_empty = any(not messages[i]["content"] for i in trained)
-    return Rendered(ids, labels, answer_empty=is_empty, num_source=sum(map(len, parts[: trained[-1]])))
+    num_source = sum(map(len, parts[: trained[-1]]))
+    return Rendered([*ids, end], [*labels, end], answer_empty=is_empty, num_source=num_source)
 
 
 def clean_response(text, history=None):
