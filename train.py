@@ -14,12 +14,15 @@ import dataclasses
 import os
 import sys
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from glm_finetune import build, checkpoint, dist, engine, exits, state, tuning
 from glm_finetune.config import TrainConfig
 from glm_finetune.data.dataset import collate, without_targets
+from glm_finetune.data.files import paths_of
+from glm_finetune.data.report import write_bad_rows
 from glm_finetune.data.sampler import Progress, StepSampler
 from glm_finetune.ds_config import precision_of, read_ds_file, resolve, stage_of
 from glm_finetune.flags import parse, raise_together
@@ -139,7 +142,7 @@ def evaluate(run):
 def main():
     config = parse(TrainConfig, sys.argv[1:], __doc__)
     mode, train_type = build.choose(config)
-    inputs = () if config.resume else (config.model_name_or_path, config.train_path, config.eval_path)
+    inputs = () if config.resume else (config.model_name_or_path, *paths_of(config.train_path, config.eval_path))
     checkpoint.check_output_dir(config.output_dir, config.overwrite_output_dir or config.resume, inputs)
     engine.launch_environment()
     world_size, device = int(os.environ["WORLD_SIZE"]), dist.choose_device(config.device)
@@ -174,6 +177,8 @@ def build_and_train(config, mode, train_type, ds_config, precision, device):
         checkpoint.create_output_dir(config.output_dir)  # not before: what fails must not cost the old results
         dist.seed_all(config.seed + dist.rank())  # dropout differs between ranks
     total_steps = config.max_steps or sampler.total_steps(progress, config.num_train_epochs)
+    if dist.is_main():
+        write_bad_rows(Path(config.output_dir) / "bad_rows.txt", rows, eval_rows)
     settings = (config, train_type, ds_config, model, rows, eval_rows, tokenizer, sampler, total_steps)
     dist.print_main(start_lines(*settings, device, precision, resume_from, progress))
     guard = Guard(ds_engine, config, train_type, rows.where)

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glm_finetune import dist
+from glm_finetune.data.dataset import InstructionDataset
 from glm_finetune.data.sampler import StepSampler
+from glm_finetune.data.samples import settings_of
 from glm_finetune.engine import Partitioned
 from glm_finetune.flags import raise_together, unknown_choice
 from glm_finetune.models.base import DTYPES
@@ -41,11 +43,9 @@ def choose(config):
 
 def load_data(config, mode, tokenizer):
     """(rows, evaluation rows or None, sampler) of a run. Raises ValueError for fewer samples than ranks."""
-    limits = dict(
-        max_len=config.max_len, max_src_len=config.max_src_len, is_skip=config.is_skip, progress=dist.is_main()
-    )
-    rows = mode.dataset(config.train_path, tokenizer, **limits)
-    eval_rows = mode.dataset(config.eval_path, tokenizer, **limits) if config.eval_path else None
+    settings = settings_of(config, mode, tokenizer)
+    rows = InstructionDataset(config.train_path, settings, progress=dist.is_main())
+    eval_rows = InstructionDataset(config.eval_path, settings, dist.is_main()) if config.eval_path else None
     world_size = int(os.environ["WORLD_SIZE"])
     if len(rows) < world_size:
         raise ValueError(
@@ -123,6 +123,7 @@ def load_base(mode, folder, place, gradient_checkpointing=False):
 class Source:
     """What a model folder is.
 
+    prompt_text: that of its training, or None.
     adapter: folder of a LoRA adapter or (is_prefix) a P-tuning prefix, or None. template: "train" or "official".
     is_bare: not made by this project.
     """
@@ -133,6 +134,7 @@ class Source:
     template: str
     is_bare: bool
     is_prefix: bool
+    prompt_text: str | None = None
 
 
 def find_source(folder, mode_name=None, base=None, template=None):
@@ -159,6 +161,7 @@ def find_source(folder, mode_name=None, base=None, template=None):
         template or record.get("template", "official"),
         is_bare=not record and not is_adapter,
         is_prefix=is_prefix,
+        prompt_text=record.get("flags", {}).get("prompt_text"),
     )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from threading import Thread
 
 from glm_finetune import dist, state
+from glm_finetune.data.files import fingerprint
 from glm_finetune.engine import whole
 from glm_finetune.tuning.lora import exported
 from glm_finetune.tuning.ptuning import write_prefix
@@ -25,6 +26,17 @@ FORMAT_VERSION = 1
 TEMPORARY = "tmp-"
 MANIFEST = "manifest.json"
 CHECKPOINT = r"epoch-\d+-step-\d+"  # name of its folder
+RENDERING = {  # flags that change the samples of the same data, with what checkpoints without them did
+    "is_skip": False,
+    "truncation": "tail",
+    "end_cut_answers": True,
+    "data_format": None,
+    "columns": None,
+    "prompt_text": None,
+    "template": "train",
+    "train_on": "all",
+    "on_bad_row": "stop",
+}
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "sentencepiece")
 
 
@@ -72,18 +84,18 @@ def train_record(config, train_type, tokenizer, world_size):
         "format_version": FORMAT_VERSION,
         "mode": config.mode,
         "train_type": config.train_type,
-        "template": "train",
+        "template": config.template,
         "saves": train_type.saves,
         "base": config.model_name_or_path,
         "base_absolute": os.path.abspath(config.model_name_or_path),
         "world_size": world_size,
         "identity": {
-            "training data": describe(Path(config.train_path))["sha256"][:16],
+            "training data": fingerprint(config.train_path)[:16],
             "tokenizer": describe(tokenizer.folder / tokenizer.model_file)["sha256"][:16],
             "base": describe(Path(config.model_name_or_path) / "config.json")["sha256"][:16],
             "max_len": config.max_len,
             "max_src_len": config.max_src_len,
-            "is_skip": config.is_skip,
+            **{name: getattr(config, name) for name in RENDERING},
             "seed": config.seed,
             **{name: getattr(config, name) for name in train_type.identity},
         },
@@ -309,7 +321,7 @@ def check_same_run(folder, record, force):
     """
     old = read_json(Path(folder) / "train_config.json")
     names = ["mode", "train_type"] + ([] if force else list(record["identity"]))
-    before, now = ({**r, **r.get("identity", {})} for r in (old, record))
+    before, now = ({**RENDERING, **r, **r.get("identity", {})} for r in (old, record))
     different = [
         f"{name}: {before.get(name)} there, {now[name]} here" for name in names if before.get(name) != now[name]
     ]

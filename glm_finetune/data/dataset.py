@@ -6,87 +6,55 @@ The batch contract, which every model reads (B rows, T tokens, right-padded):
   segment_ids (B, T), -1 = padding, and is_prefix (B, T) bool: see `models.layers.visible`.
 """
 
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 
 import torch
 from tqdm import tqdm
 
-from glm_finetune.data.formats import instruction_messages, read_rows
+from glm_finetune.data.files import list_sources, occurrences
+from glm_finetune.data.report import NUM_SHOWN, Report
+from glm_finetune.data.samples import Settings, check_limits, of_source, prepare_row
 from glm_finetune.loss import IGNORE, target_index
 from glm_finetune.modes.spec import Limits
 
 
-@dataclass
-class Report:
-    """What became of the rows of a file."""
-
-    rows: int = 0
-    kept: int = 0
-    question_cut: int = 0
-    answer_cut: int = 0
-    skipped: int = 0  # cut, and left out because of --is_skip
-    answer_empty: int = 0
-    tokens: int = 0
-    targets: int = 0
-    longest: int = 0
-
-    def __str__(self):
-        return ", ".join(f"{field.name} {getattr(self, field.name):,}" for field in fields(self))
-
-
 class InstructionDataset(Sequence):
-    """Rows of instruction / input / output, rendered by a mode. `report` counts what was cut, skipped or empty."""
+    """The samples of files, in memory. `report` says what became of the rows, `where(i)` which row sample i is from."""
 
-    def __init__(
-        self,
-        render,
-        question_tail,
-        overhead,
-        path,
-        tokenizer,
-        max_len=1024,
-        max_src_len=256,
-        is_skip=False,
-        progress=False,
-    ):
-        """path: JSONL or a JSON array. max_len, max_src_len: tokens of a sample, of its question. is_skip: leave out
-        rows that do not fit instead of cutting them. progress: show a bar.
+    def __init__(self, path, settings, progress=False):
+        """path: see `files.list_sources`. settings: `samples.settings_of`. progress: show a bar.
 
-        Raises ValueError for limits that leave no room, a bad line (file, line, field), or no row left.
+        Raises ValueError for a bad row (file, line, field), or if no row is left.
         """
-        check_limits(max_len, max_src_len, question_tail, overhead)
-        self.report, self.rows, self.places, limits = Report(), [], [], Limits(max_len, max_src_len)
-        for where, row in tqdm(read_rows(path), desc=f"tokenize {path}", unit=" rows", disable=not progress):
-            messages = instruction_messages(row, where)
-            self._add(where, render(tokenizer, messages, limits), is_skip, empty=not messages[-1]["content"])
+        self.report, self.rows, self.sources = Report(), [], list_sources(path)
+        self._source, self._number = array("H"), array("q")
+        for index, source in enumerate(self.sources):
+            rows = tqdm(source.rows(), desc=f"tokenize {source.path}", unit=" rows", disable=not progress)
+            self._read(index, rows, of_source(source, settings))
         if not self.rows:
+            bad = "".join(f"\n{problem}" for problem in self.report.bad[:NUM_SHOWN])
             raise ValueError(
                 f"{path}: no row left to train on ({self.report}). Raise --max_len and --max_src_len, or "
-                "leave out --is_skip."
+                f"leave out --is_skip.{bad}"
             )
 
-    def where(self, index):
-        """File and line that a row came from, as text."""
-        return self.places[index]
-
-    def _add(self, where, rendered, is_skip, empty):
-        report = self.report
-        report.rows += 1
-        report.question_cut += rendered.source_cut
-        report.answer_cut += rendered.target_cut
-        report.answer_empty += empty
-        if is_skip and (rendered.source_cut or rendered.target_cut):
-            report.skipped += 1
-            return
-        report.kept += 1
-        report.tokens += len(rendered.input_ids)
-        report.targets += sum(label != IGNORE for label in rendered.labels)
-        report.longest = max(report.longest, len(rendered.input_ids))
-        self.places.append(where)
-        self.rows.append(
-            {"input_ids": rendered.input_ids, "labels": rendered.labels, "num_prefix": rendered.num_prefix}
-        )
+    def _read(self, index, rows, settings):
+        source = self.sources[index]
+        for position, (number, row) in enumerate(rows):
+            try:
+                rendered = prepare_row(source.where(number), row, settings)
+            except ValueError as error:
+                if settings.on_bad_row != "skip":
+                    raise
+                self.report.add_bad(error)
+                continue
+            times = occurrences(position, source.weight)
+            for one in self.report.keep(rendered, settings.too_long, times):
+                sample = {"input_ids": one.input_ids, "labels": one.labels, "num_prefix": one.num_prefix}
+                self.rows += [sample] * times
+                self._source.extend([index] * times)
+                self._number.extend([number] * times)
 
     def __len__(self):
         return len(self.rows)
@@ -94,20 +62,22 @@ class InstructionDataset(Sequence):
     def __getitem__(self, index):
         return self.rows[index]
 
+    def where(self, index):
+        """File and line that a sample is from."""
+        return self.sources[self._source[index]].where(self._number[index])
 
-def check_limits(max_len, max_src_len, question_tail, overhead):
-    """Raise ValueError unless a question of max_src_len tokens fits into max_len, and its ending into max_src_len."""
-    if max_src_len >= max_len:
-        raise ValueError(f"--max_src_len {max_src_len} must be below --max_len {max_len}: the answer needs room too.")
-    if max_src_len + overhead > max_len:
-        raise ValueError(
-            f"--max_len {max_len} leaves no room for an answer after --max_src_len {max_src_len} and the "
-            f"{overhead} special tokens of this mode: use --max_len {max_src_len + overhead + 1} or more."
-        )
-    if max_src_len < max(1, question_tail):
-        raise ValueError(
-            f"--max_src_len {max_src_len} is too small: the ending of a question alone is {question_tail}."
-        )
+
+def original_dataset(
+    samples, question_tail, overhead, path, tokenizer, max_len=1024, max_src_len=256, is_skip=False, progress=False
+):
+    """Mode.dataset: the data set as ChatGLM-Finetuning makes it, an end token after cut answers included.
+
+    max_len, max_src_len: tokens of a sample, of its question. is_skip: leave out rows that do not fit instead of
+    cutting them. Raises ValueError for limits that leave no room, and as InstructionDataset.
+    """
+    check_limits(max_len, max_src_len, question_tail, overhead)
+    settings = Settings(samples, tokenizer, Limits(max_len, max_src_len), too_long="drop" if is_skip else "cut")
+    return InstructionDataset(path, settings, progress)
 
 
 def collate(rows, pad_token_id, positions):
