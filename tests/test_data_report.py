@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from glm_finetune import MODE, dist
+from glm_finetune import MODE, exits
 from glm_finetune.config import ReportConfig
 from glm_finetune.data import __main__ as report_script
 from glm_finetune.data.dataset import InstructionDataset
@@ -35,7 +35,7 @@ def report(checkpoints, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["glm_finetune.data", *arguments])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            dist.exit_with_message(report_script.main)
+            exits.exit_with_message(report_script.main)
             sys.exit(0)
         return stop.value.code, *capsys.readouterr()
 

@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 
-from glm_finetune import MODE, dist
+from glm_finetune import MODE, exits
 from glm_finetune.config import ReportConfig
 from glm_finetune.data.dataset import InstructionDataset, describe_sample
 from glm_finetune.data.files import list_sources
