@@ -19,7 +19,8 @@ from tqdm import tqdm
 from glm_finetune import build, dist
 from glm_finetune.chat import answer_ids, chat, chat_ids
 from glm_finetune.config import PredictConfig, parse
-from glm_finetune.data.formats import INSTRUCTION_FIELDS, instruction_messages, read_rows
+from glm_finetune.data.files import read_rows
+from glm_finetune.data.formats import INSTRUCTION_FIELDS, instruction_messages
 from glm_finetune.metrics import triple_scores
 from glm_finetune.modes.spec import Limits
 from glm_finetune.weights import read_json, write_json

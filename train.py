@@ -19,7 +19,7 @@ import torch
 
 from glm_finetune import build, checkpoint, dist, engine, state
 from glm_finetune.config import TrainConfig, parse
-from glm_finetune.data.dataset import collate, without_targets
+from glm_finetune.data.dataset import collate, dataset_settings, without_targets
 from glm_finetune.data.sampler import Progress, StepSampler
 from glm_finetune.ds_config import precision_of, read_ds_file, resolve
 from glm_finetune.loss import IGNORE
@@ -140,15 +140,20 @@ def main():
     precision = dist.choose_precision(config.precision or precision_of(ds_json), device)
     ds_config = resolve(ds_json, config, world_size, precision, device.type)
     tokenizer, base_config = build.check_base(mode, config.model_name_or_path, config.max_len)
-    limits = dict(
-        max_len=config.max_len, max_src_len=config.max_src_len, is_skip=config.is_skip, progress=dist.is_main()
-    )
-    rows = mode.dataset(config.train_path, tokenizer, **limits)
-    eval_rows = mode.dataset(config.eval_path, tokenizer, **limits) if config.eval_path else None
+    settings = dataset_settings(config)
+    rows = mode.dataset(config.train_path, tokenizer, **settings)
+    eval_rows = mode.dataset(config.eval_path, tokenizer, **settings) if config.eval_path else None
     sampler = StepSampler(
-        len(rows), config.per_device_train_batch_size, config.gradient_accumulation_steps, world_size, config.seed
+        len(rows),
+        config.per_device_train_batch_size,
+        config.gradient_accumulation_steps,
+        world_size,
+        config.seed,
+        lengths=rows.lengths() if config.group_by_length else None,
+        window=settings["stream_window"],
     )
-    collate_rows = partial(collate, pad_token_id=tokenizer.pad_token_id, positions=mode.positions)
+    pack_to = config.max_len if config.packing else None
+    collate_rows = partial(collate, pad_token_id=tokenizer.pad_token_id, positions=mode.positions, max_len=pack_to)
 
     engine.start(device)
     engine.check(ds_config)

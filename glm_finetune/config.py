@@ -12,6 +12,7 @@ import typing
 from dataclasses import dataclass, field
 
 DEFAULT_DS_FILE = "ds_zero2_no_offload.json"
+SHUFFLE_BUFFER = 10_000  # rows of a stream that are shuffled together
 MIN_PROMPT = 32  # tokens of a prompt in prediction, at least; fewer would cut every question to nothing
 
 
@@ -41,6 +42,17 @@ class TrainConfig:
     max_len: int = flag("tokens of a sample; longer answers are cut", 1024)
     max_src_len: int = flag("tokens of a question; longer ones are cut, keeping their ending", 256)
     is_skip: bool = flag("leave out samples that do not fit instead of cutting them", False)
+    packing: bool = flag(
+        "lay the samples of a micro-batch end to end in rows of at most max_len tokens; samples do not see each other",
+        False,
+    )
+    group_by_length: bool = flag("batches of samples of similar length, for less padding", False)
+    cache_dir: str | None = flag("folder for prepared data; default: ~/.cache/glm_finetune", None)
+    overwrite_cache: bool = flag("prepare the data again although it lies prepared in cache_dir", False)
+    streaming: bool = flag("prepare nothing: read and tokenize each sample when it is its turn", False)
+    shuffle_buffer: int | None = flag(
+        f"with --streaming: shuffle within so many consecutive rows; default: {SHUFFLE_BUFFER}", None
+    )
 
     train_type: str = flag("what is trained: lora, ptuning (a prefix), freeze (some layers) or all", "lora")
     lora_dim: int = flag("LoRA rank", 8)
@@ -104,6 +116,7 @@ class TrainConfig:
             "show_loss_step",
             "save_model_step",
             "save_total_limit",
+            "shuffle_buffer",
             "learning_rate",
             "lora_alpha",
         )
@@ -122,6 +135,7 @@ class TrainConfig:
             if value is not None and not value.strip(", "):
                 yield f"--{name} {value!r}: names nothing. Give names with commas between them, or leave the flag out."
         yield from bad_seed(self.seed)
+        yield from conflicting_data_flags(self)
         for name, allowed in (
             ("lr_scheduler", ("linear", "cosine", "constant")),
             ("device", ("cuda", "cpu")),
@@ -204,6 +218,19 @@ def unknown_choice(name, value, allowed):
         yield f"--{name} {value!r}: must be one of {', '.join(allowed)}." + (
             f" Did you mean {near[0]}?" if near else ""
         )
+
+
+def conflicting_data_flags(config):
+    """Yield a problem for each pair of flags of which one would go unheard."""
+    for first, second, why in (
+        ("streaming", "overwrite_cache", "a stream prepares nothing"),
+        ("streaming", "group_by_length", "a stream does not know the lengths"),
+        ("packing", "group_by_length", "packed rows have next to no padding, whatever the lengths"),
+    ):
+        if getattr(config, first) and getattr(config, second):
+            yield f"--{second} goes without --{first}: {why}. Leave one of them out."
+    if config.shuffle_buffer and not config.streaming:
+        yield "--shuffle_buffer goes with --streaming only: prepared data is shuffled as a whole."
 
 
 def bad_seed(seed):

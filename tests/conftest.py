@@ -11,6 +11,14 @@ from tests.tiny import make_checkpoint
 DATA = Path(__file__).parents[1] / "data"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory):
+    """Prepared data of runs that do not say where goes here, in this process and those it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """{mode name: folder} of tiny random checkpoints in the original layout. Read only."""

@@ -1,0 +1,198 @@
+"""Prepared data: token arrays in a folder, memory-mapped, made once and shared by whoever asks for the same thing.
+
+The folder's name is a hash of the file's content, the tokenizer's files, the mode, the limits and this package's code,
+so what lies there is right whenever it is whole. It is written under another name and renamed: nobody sees a half. Who
+gets the lock prepares, others wait for the lock in the file system, not in a collective with a time limit; the kernel
+gives it back when a process dies. Folders can be deleted at any time, also while a run has them mapped.
+
+    samples = prepared("data/spo_0.json", recipe, "cache/")    # Samples, see prepare.py
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+from tqdm import tqdm
+
+from glm_finetune.data.files import layout_of, signature
+from glm_finetune.data.prepare import COLUMNS, Samples, choose_workers, tokenize
+from glm_finetune.data.recipe import Report
+from glm_finetune.weights import read_json, write_json
+
+FORMAT = 1
+HEADER = "header.json"
+POLL_SECS = 0.1
+PACKAGE = Path(__file__).parents[1]
+
+
+def default_cache_dir():
+    """Where prepared data lies when --cache_dir does not say."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glm_finetune"
+
+
+def prepared(path, recipe, cache_dir, overwrite=False, progress=False, num_workers=None):
+    """The samples of a file as memory maps, prepared first if need be.
+
+    overwrite: prepare again what was prepared before this call. num_workers: processes; default by the file's size.
+    Raises ValueError for a bad row (file and line), OSError naming --cache_dir if nothing can be written there.
+    """
+    started = time.time()
+    with naming_the_cache(cache_dir):
+        layout = layout_of(path, cache_dir)
+        folder = Path(cache_dir) / key_of(layout, recipe)
+        oldest = started if overwrite else 0
+        samples = read(folder, oldest)
+        if samples is None:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with locked(folder.with_suffix(".lock")):
+                samples = read(folder, oldest, say=print)  # somebody else may have made it meanwhile
+                if samples is None:
+                    _raise_old_error(folder, started)
+                    _build(folder, path, layout, recipe, progress, num_workers)
+                    samples = read(folder)
+    return samples
+
+
+def key_of(layout, recipe):
+    """What the samples follow from, as the name of a folder."""
+    tokenizer = recipe.tokenizer
+    files = [tokenizer.folder / tokenizer.model_file, tokenizer.folder / "tokenizer_config.json"]
+    parts = {
+        "format": FORMAT,
+        "content": layout.sha256,
+        "tokenizer": [type(tokenizer).__qualname__, *(_sha256(file) for file in files if file.is_file())],
+        "sentencepiece": sentencepiece.__version__,
+        "render": f"{recipe.render.__module__}.{recipe.render.__qualname__}",
+        "code": code_version(),
+        "limits": asdict(recipe.limits),
+        "is_skip": recipe.is_skip,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def code_version():
+    """Hash of the code that decides what a row becomes: a change of it makes no old cache wrong."""
+    files = sorted([*PACKAGE.glob("data/*.py"), *PACKAGE.glob("modes/*.py")])
+    return hashlib.sha256("".join(_sha256(file) for file in files).encode()).hexdigest()
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read(folder, oldest=0, say=None):
+    """The samples in a folder; None if it is not there, damaged, or made before `oldest` (seconds since 1970).
+
+    say: told of damage.
+    """
+    if not folder.is_dir():
+        return None
+    try:
+        header = read_json(folder / HEADER)
+        if header["format"] != FORMAT:
+            raise ValueError(f"format {header['format']}, not {FORMAT}")
+        columns = {name: _map(folder / name, header["counts"][name], dtype) for name, dtype in COLUMNS.items()}
+        report = Report(**header["report"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if say:
+            say(f"{folder}: damaged ({error}); it is prepared again.", flush=True)
+        return None
+    return Samples(columns, report, header["unit"]) if header["made"] >= oldest else None
+
+
+def _map(path, count, dtype):
+    expected, found = count * np.dtype(dtype).itemsize, path.stat().st_size
+    if found != expected:
+        raise ValueError(f"{path.name} has {found} bytes instead of {expected}")
+    return np.memmap(path, dtype, "r", shape=(count,)) if count else np.zeros(0, dtype)
+
+
+def _build(folder, path, layout, recipe, progress, num_workers):
+    for old in folder.parent.glob(f"tmp-{folder.name}-*"):  # of processes that were killed: the lock is ours
+        shutil.rmtree(old)
+    temporary = folder.parent / f"tmp-{folder.name}-{os.getpid()}"
+    temporary.mkdir()
+    try:
+        report = _write(temporary, path, layout, recipe, progress, num_workers)
+        counts = {name: (temporary / name).stat().st_size // np.dtype(d).itemsize for name, d in COLUMNS.items()}
+        header = {"format": FORMAT, "made": time.time(), "counts": counts, "report": asdict(report)}
+        header["unit"] = layout.blocks[0].unit
+        write_json(header, temporary / HEADER)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    except ValueError as error:
+        write_json({"at": time.time(), "error": str(error)}, folder.with_suffix(".error"))
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(folder, path, layout, recipe, progress, num_workers):
+    """Write the columns; returns the report. Every file is on the disk before this returns."""
+    report, before = Report(), signature(path)
+    workers = choose_workers(before[0]) if num_workers is None else num_workers
+    bar = tqdm(total=layout.num_rows, desc=f"tokenize {path}", unit=" rows", disable=not progress)
+    files = {name: open(folder / name, "wb") for name in COLUMNS}  # noqa: SIM115 (closed below)
+    try:
+        for samples in tokenize(layout.blocks, recipe, workers):
+            for name, column in samples.after(report.tokens).items():
+                files[name].write(column.data)
+            report.add(samples.report)
+            bar.update(samples.report.rows)
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        for file in files.values():
+            file.close()
+        bar.close()
+    if signature(path) != before:
+        raise ValueError(f"{path}: the file was changed while it was read. Start again when it is complete.")
+    return report
+
+
+def _raise_old_error(folder, started):
+    """Raise the ValueError that another rank met while this one waited, instead of going the same way to it."""
+    path = folder.with_suffix(".error")
+    if path.is_file():
+        record = read_json(path)
+        if record["at"] >= started:
+            raise ValueError(record["error"])
+
+
+@contextmanager
+def locked(path):
+    """Hold a lock file; others wait. It is the kernel's: it does not outlive the process."""
+    with open(path, "w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(POLL_SECS)
+        yield
+
+
+@contextmanager
+def naming_the_cache(cache_dir):
+    """An OSError says what to do about it."""
+    try:
+        yield
+    except ChildProcessError:
+        raise
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise OSError(
+            f"--cache_dir {cache_dir}: {'no space left for the prepared data' if full else error}. Give a folder on a "
+            "disk with room (about 5 bytes for each token), or --streaming to do without."
+        ) from error
