@@ -57,7 +57,9 @@ class Stream:
         place = self._first_rows[block]
         while place < end:
             for entry in rows_of(self.layout.blocks[block]):
-                if start <= place < end:
+                if place >= end:
+                    return
+                if place >= start:
                     yield entry
                 place += 1
             block += 1

@@ -1,0 +1,287 @@
+"""Prepared data: the rows of a file, made once, never half read, right whenever it is there."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from glm_finetune import MODE
+from glm_finetune.data import cache, files, prepare
+from glm_finetune.data.dataset import InstructionDataset
+from glm_finetune.data.formats import instruction_messages
+from glm_finetune.data.recipe import Recipe
+from glm_finetune.modes.spec import Limits
+from tests.ranks import run_ranks
+from tests.refusal import contents, refused
+
+LIMITS = Limits(128, 64)
+
+
+@pytest.fixture
+def recipe(checkpoints):
+    return recipe_of("glm3", checkpoints)
+
+
+def recipe_of(mode, checkpoints):
+    return Recipe(MODE[mode].render, MODE[mode].tokenizer.from_pretrained(checkpoints[mode]), LIMITS)
+
+
+def dataset(recipe, path, cache_dir, **options):
+    return InstructionDataset(recipe.render, 0, 3, path, recipe.tokenizer, 128, 64, cache_dir=cache_dir, **options)
+
+
+def no_work(monkeypatch):
+    """From here on reading a data file, or a row of it, is an error."""
+    for module, name in ((prepare, "rows_of"), (files, "scan")):
+        monkeypatch.setattr(module, name, lambda *args: pytest.fail("the file was read again"))
+
+
+@pytest.mark.parametrize("mode", MODE)
+def test_prepared_rows_are_what_the_mode_renders(mode, checkpoints, data_file, rows, tmp_path):
+    recipe = recipe_of(mode, checkpoints)
+    expected = [recipe.render(recipe.tokenizer, instruction_messages(row, ""), LIMITS) for row in rows]
+    data = dataset(recipe, data_file, tmp_path / "cache")
+    names = ("input_ids", "labels", "num_prefix")
+    assert list(data) == [{name: getattr(sample, name) for name in names} for sample in expected]
+    assert data.report.tokens == sum(data.lengths()) == sum(len(sample.input_ids) for sample in expected)
+    assert data.report.targets == sum(label != -100 for sample in expected for label in sample.labels)
+    assert data.report.rows == data.report.kept == 11 and data.report.answer_empty == 1
+    assert data.report.longest == max(data.lengths())
+    assert list(dataset(recipe, data_file, None)) == list(data) and data[-1] == data[10]
+
+
+def test_a_row_is_found_again_in_its_file(recipe, data_file, tmp_path):
+    lines = data_file.read_text(encoding="utf-8").splitlines()
+    data_file.write_text("\n\n".join(lines), encoding="utf-8")
+    data = dataset(recipe, data_file, tmp_path / "cache")
+    assert data.where(0) == f"{data_file}, line 1" and data.where(4) == f"{data_file}, line 9"
+    data_file.write_text("[" + ",".join(lines) + "]", encoding="utf-8")
+    assert dataset(recipe, data_file, tmp_path / "cache").where(4) == f"{data_file}, entry 5"
+
+
+@pytest.mark.parametrize("form", ["lines", "array"])
+def test_blocks_and_workers_change_no_byte(form, recipe, data_file, rows, tmp_path, monkeypatch, fork_server):
+    if form == "array":
+        data_file.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
+    whole = cache.prepared(data_file, recipe, tmp_path / "whole", num_workers=0)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 300)
+    assert len(files.scan(data_file).blocks) > 3
+    for name, num_workers in (("blocks", 0), ("workers", 2)):
+        parts = cache.prepared(data_file, recipe, tmp_path / name, num_workers=num_workers)
+        assert parts.report == whole.report
+        for column, values in whole.columns.items():
+            assert values.tobytes() == parts.columns[column].tobytes(), column
+
+
+@pytest.fixture
+def fork_server():
+    """The server that tests of ranks use: the first to start it decides what it has imported."""
+    run_ranks(os.getpid, 1)
+
+
+def test_a_second_start_reads_nothing_but_the_cache(recipe, data_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MIN_AGE_SECS", -1)
+    first = list(dataset(recipe, data_file, tmp_path / "cache"))
+    no_work(monkeypatch)
+    assert list(dataset(recipe, data_file, tmp_path / "cache")) == first
+
+
+def test_equal_content_elsewhere_is_found_and_named_where_it_is(recipe, data_file, tmp_path, monkeypatch):
+    first = dataset(recipe, data_file, tmp_path / "cache")
+    other = shutil.copy(data_file, tmp_path / "other.jsonl")
+    monkeypatch.setattr(prepare, "rows_of", lambda *args: pytest.fail("tokenized again"))
+    again = dataset(recipe, other, tmp_path / "cache")
+    assert list(again) == list(first) and again.where(2) == f"{other}, line 3"
+
+
+def test_other_content_with_the_size_and_time_of_the_old_is_noticed(recipe, data_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MIN_AGE_SECS", -1)
+    first, status = dataset(recipe, data_file, tmp_path / "cache"), data_file.stat()
+    text = data_file.read_text(encoding="utf-8")
+    data_file.write_text(text.replace("抽取", "取抽"), encoding="utf-8")
+    os.utime(data_file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert data_file.stat().st_size == status.st_size
+    assert list(dataset(recipe, data_file, tmp_path / "cache")) != list(first)
+
+
+def test_the_name_of_the_cache_follows_from_all_that_decides_the_rows(recipe, checkpoints, data_file, tmp_path):
+    layout = files.scan(data_file)
+    folder = shutil.copytree(checkpoints["glm3"], tmp_path / "base")
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+    others = [
+        (replace(layout, sha256="0"), recipe),
+        (layout, recipe_of("glm2", checkpoints)),
+        (layout, replace(recipe, render=MODE["glm2"].render)),
+        (layout, replace(recipe, limits=Limits(127, 64))),
+        (layout, replace(recipe, limits=Limits(128, 63))),
+        (layout, replace(recipe, is_skip=True)),
+        (layout, replace(recipe, tokenizer=MODE["glm3"].tokenizer.from_pretrained(folder))),
+    ]
+    keys = {cache.key_of(layout, recipe), *(cache.key_of(*other) for other in others)}
+    assert len(keys) == 1 + len(others)
+    assert cache.key_of(layout, recipe) == cache.key_of(files.scan(data_file), recipe_of("glm3", checkpoints))
+
+
+def test_a_change_of_the_code_is_another_cache(recipe, data_file, tmp_path, monkeypatch):
+    before = cache.key_of(files.scan(data_file), recipe)
+    package = shutil.copytree(cache.PACKAGE, tmp_path / "glm_finetune", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(cache, "PACKAGE", package)
+    assert cache.key_of(files.scan(data_file), recipe) == before
+    with open(package / "modes/glm3.py", "a") as file:
+        file.write("# changed\n")
+    assert cache.key_of(files.scan(data_file), recipe) != before
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize(
+    "name, harm",
+    [
+        ("input_ids", cut),
+        ("is_target", cut),
+        ("ends", Path.unlink),
+        ("header.json", Path.unlink),
+        ("header.json", cut),
+        ("header.json", lambda path: path.write_text("[]")),
+        ("header.json", lambda path: path.write_text(path.read_text().replace('"format": 1', '"format": 0'))),
+        ("header.json", lambda path: path.write_text(path.read_text().replace('"skipped"', '"omitted"'))),
+    ],
+)
+def test_a_damaged_cache_is_named_and_prepared_again(name, harm, recipe, data_file, tmp_path, capsys):
+    first = list(dataset(recipe, data_file, tmp_path / "cache"))
+    [folder] = [path for path in (tmp_path / "cache").iterdir() if (path / "header.json").is_file()]
+    harm(folder / name)
+    assert list(dataset(recipe, data_file, tmp_path / "cache")) == first
+    assert f"{folder}: damaged (" in capsys.readouterr().out
+    assert list(dataset(recipe, data_file, tmp_path / "cache")) == first
+    assert capsys.readouterr().out == ""
+
+
+def test_a_cache_can_be_deleted_while_it_is_in_use(recipe, data_file, tmp_path):
+    data = dataset(recipe, data_file, tmp_path / "cache")
+    expected = list(data)
+    shutil.rmtree(tmp_path / "cache")
+    assert list(data) == expected
+    assert list(dataset(recipe, data_file, tmp_path / "cache")) == expected
+
+
+def test_overwrite_prepares_again(recipe, data_file, tmp_path, monkeypatch):
+    first = list(dataset(recipe, data_file, tmp_path / "cache"))
+    seen, rows_of = [], prepare.rows_of
+    monkeypatch.setattr(prepare, "rows_of", lambda block: seen.append(block) or rows_of(block))
+    assert list(dataset(recipe, data_file, tmp_path / "cache")) == first and not seen
+    assert list(dataset(recipe, data_file, tmp_path / "cache", overwrite_cache=True)) == first and len(seen) == 1
+
+
+def damage_last_line(path):
+    with open(path, "a", encoding="utf-8") as file:
+        file.write('{"instruction": "a", "input": 3, "output": "b"}\n')
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_bad_line_stops_with_its_number_and_leaves_nothing(
+    num_workers, recipe, data_file, tmp_path, monkeypatch, fork_server
+):
+    damage_last_line(data_file)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 300)
+    refused(
+        lambda: cache.prepared(data_file, recipe, tmp_path / "cache", num_workers=num_workers),
+        f"{data_file}, line 12: field 'input' is 3, not a string",
+    )
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir() and path.name != "files"]
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(recipe, data_file, tmp_path, monkeypatch):
+    rows_of = prepare.rows_of
+    monkeypatch.setattr(prepare, "rows_of", lambda block: damage_last_line(data_file) or rows_of(block))
+    refused(lambda: cache.prepared(data_file, recipe, tmp_path / "cache"), "was changed while it was read")
+
+
+def test_no_room_for_the_cache_is_said_with_the_flag(recipe, data_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache.os, "fsync", lambda file: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match=r"--cache_dir .*no space left.*--streaming"):
+        cache.prepared(data_file, recipe, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("tmp-*"))
+    (tmp_path / "a-file").touch()
+    with pytest.raises(OSError, match="--cache_dir .*a-file"):
+        cache.prepared(data_file, recipe, tmp_path / "a-file")
+
+
+KILLED = """
+import os, sys, time
+from glm_finetune.data import prepare
+from tests.test_cache import MODE, Recipe, LIMITS, cache, files
+files.BLOCK_BYTES = 300
+real = prepare.rows_of
+def slow(block):
+    if block.first_row > 4:
+        print("half", flush=True)
+        time.sleep(600)
+    return real(block)
+prepare.rows_of = slow
+base, data, folder = sys.argv[1:]
+cache.prepared(data, Recipe(MODE["glm3"].render, MODE["glm3"].tokenizer.from_pretrained(base), LIMITS), folder)
+"""
+
+
+def test_killed_in_the_middle_it_is_prepared_again_by_who_waits(recipe, checkpoints, data_file, tmp_path):
+    command = [sys.executable, "-c", KILLED, checkpoints["glm3"], data_file, tmp_path / "cache"]
+    root = Path(__file__).parents[1]
+    with subprocess.Popen(map(str, command), cwd=root, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "half\n"
+        [half] = (tmp_path / "cache").glob("tmp-*")
+        with pytest.raises(BlockingIOError), open(next((tmp_path / "cache").glob("*.lock"))) as lock:
+            cache.fcntl.flock(lock, cache.fcntl.LOCK_EX | cache.fcntl.LOCK_NB)
+        process.send_signal(signal.SIGKILL)
+    assert half.is_dir()
+    assert list(dataset(recipe, data_file, tmp_path / "cache")) == list(dataset(recipe, data_file, None))
+    assert not list((tmp_path / "cache").glob("tmp-*"))
+
+
+def prepare_on_a_rank(base, path, folder, secs):
+    """Ranks: (rows or the error, how many rows were tokenized here). The work takes `secs`."""
+    seen, rows_of = [], prepare.rows_of
+
+    def slow(block):
+        seen.append(block)
+        time.sleep(secs)
+        return rows_of(block)
+
+    prepare.rows_of = slow
+    recipe = recipe_of("glm3", {"glm3": base})
+    try:
+        return list(dataset(recipe, path, folder)), len(seen)
+    except ValueError as error:
+        return str(error), len(seen)
+
+
+@pytest.mark.slow
+def test_one_rank_prepares_and_the_others_wait(recipe, checkpoints, data_file, tmp_path):
+    found = run_ranks(prepare_on_a_rank, 3, checkpoints["glm3"], data_file, tmp_path / "cache", 1.5)
+    assert sorted(count for _, count in found) == [0, 0, 1]
+    assert all(rows == list(dataset(recipe, data_file, None)) for rows, _ in found)
+
+
+@pytest.mark.slow
+def test_a_bad_row_stops_all_ranks_at_once(checkpoints, data_file, tmp_path):
+    damage_last_line(data_file)
+    found = run_ranks(prepare_on_a_rank, 3, checkpoints["glm3"], data_file, tmp_path / "cache", 1.5)
+    assert sorted(count for _, count in found) == [0, 0, 1]
+    assert all("line 12: field 'input'" in error for error, _ in found)
+
+
+def test_reading_leaves_the_cache_as_it_is(recipe, data_file, tmp_path):
+    dataset(recipe, data_file, tmp_path / "cache")
+    before = contents(tmp_path / "cache")
+    list(dataset(recipe, data_file, tmp_path / "cache"))
+    assert contents(tmp_path / "cache") == before
