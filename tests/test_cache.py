@@ -1,6 +1,7 @@
 """Prepared data: the rows of a file, made once, never half read, right whenever it is there."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -218,32 +219,42 @@ def test_no_room_for_the_cache_is_said_with_the_flag(recipe, data_file, tmp_path
 
 
 KILLED = """
-import os, sys, time
-from glm_finetune.data import prepare
-from tests.test_cache import MODE, Recipe, LIMITS, cache, files
+import sys
+from tests.test_cache import MODE, Recipe, LIMITS, cache, files, slow_render
 files.BLOCK_BYTES = 300
-real = prepare.rows_of
-def slow(block):
-    if block.first_row > 4:
-        print("half", flush=True)
-        time.sleep(600)
-    return real(block)
-prepare.rows_of = slow
-base, data, folder = sys.argv[1:]
-cache.prepared(data, Recipe(MODE["glm3"].render, MODE["glm3"].tokenizer.from_pretrained(base), LIMITS), folder)
+base, data, folder, num_workers = sys.argv[1:]
+recipe = Recipe(slow_render, MODE["glm3"].tokenizer.from_pretrained(base), LIMITS)
+cache.key_of = lambda layout, recipe: "key"
+cache.prepared(data, recipe, folder, num_workers=int(num_workers))
 """
 
 
-def test_killed_in_the_middle_it_is_prepared_again_by_who_waits(recipe, checkpoints, data_file, tmp_path):
-    command = [sys.executable, "-c", KILLED, checkpoints["glm3"], data_file, tmp_path / "cache"]
+def slow_render(tokenizer, messages, limits):
+    """Render, until a row comes that takes for ever."""
+    if "never" in messages[0]["content"]:
+        print("half", flush=True)
+        time.sleep(600)
+    return MODE["glm3"].render(tokenizer, messages, limits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_killed_in_the_middle_it_leaves_nothing_that_counts(
+    num_workers, recipe, checkpoints, data_file, tmp_path, monkeypatch
+):
+    with open(data_file, "a", encoding="utf-8") as file:
+        file.write('{"instruction": "never", "input": "", "output": ""}\n')
+    command = [sys.executable, "-c", KILLED, checkpoints["glm3"], data_file, tmp_path / "cache", num_workers]
     root = Path(__file__).parents[1]
-    with subprocess.Popen(map(str, command), cwd=root, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([*map(str, command)], cwd=root, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "half\n"
         [half] = (tmp_path / "cache").glob("tmp-*")
-        with pytest.raises(BlockingIOError), open(next((tmp_path / "cache").glob("*.lock"))) as lock:
-            cache.fcntl.flock(lock, cache.fcntl.LOCK_EX | cache.fcntl.LOCK_NB)
+        with pytest.raises(BlockingIOError), open(tmp_path / "cache/key.lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         process.send_signal(signal.SIGKILL)
+        assert process.stdout.read() == ""  # ends when the last process that it started has gone too
     assert half.is_dir()
+    monkeypatch.setattr(cache, "key_of", lambda layout, recipe: "key")
     assert list(dataset(recipe, data_file, tmp_path / "cache")) == list(dataset(recipe, data_file, None))
     assert not list((tmp_path / "cache").glob("tmp-*"))
 

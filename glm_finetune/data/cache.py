@@ -9,7 +9,6 @@ gives it back when a process dies. Folders can be deleted at any time, also whil
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -24,13 +23,13 @@ import sentencepiece
 from tqdm import tqdm
 
 from glm_finetune.data.files import layout_of, signature
+from glm_finetune.data.lock import locked
 from glm_finetune.data.prepare import COLUMNS, Samples, choose_workers, tokenize
 from glm_finetune.data.recipe import Report
 from glm_finetune.weights import read_json, write_json
 
 FORMAT = 1
 HEADER = "header.json"
-POLL_SECS = 0.1
 PACKAGE = Path(__file__).parents[1]
 
 
@@ -52,7 +51,6 @@ def prepared(path, recipe, cache_dir, overwrite=False, progress=False, num_worke
         oldest = started if overwrite else 0
         samples = read(folder, oldest)
         if samples is None:
-            folder.parent.mkdir(parents=True, exist_ok=True)
             with locked(folder.with_suffix(".lock")):
                 samples = read(folder, oldest, say=print)  # somebody else may have made it meanwhile
                 if samples is None:
@@ -168,19 +166,6 @@ def _raise_old_error(folder, started):
         record = read_json(path)
         if record["at"] >= started:
             raise ValueError(record["error"])
-
-
-@contextmanager
-def locked(path):
-    """Hold a lock file; others wait. It is the kernel's: it does not outlive the process."""
-    with open(path, "w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(POLL_SECS)
-        yield
 
 
 @contextmanager

@@ -45,9 +45,9 @@ class InstructionDataset(Sequence):
         stream_window=None,
     ):
         """path: JSONL or a JSON array. max_len, max_src_len: tokens of a sample, of its question. is_skip: leave out
-        rows that do not fit instead of cutting them. progress: show a bar. cache_dir: prepare the rows there, or find
-        them there (see cache.py); None: prepare them here in memory. stream_window: prepare nothing, render a row when
-        it is asked for, best in windows of so many consecutive rows (see stream.py).
+        rows that do not fit instead of cutting them. cache_dir: prepare the rows there, or find them there (see
+        cache.py), progress: with a bar; None: prepare them here in memory. stream_window: prepare nothing, render a row
+        when it is asked for, best in windows of so many consecutive rows (see stream.py).
 
         Raises ValueError for limits that leave no room, a bad line (file, line, field), or no row left; with
         stream_window for a bad line when it is its turn.

@@ -16,6 +16,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from glm_finetune.data.lock import locked
 from glm_finetune.weights import read_json, write_json
 
 BLOCK_BYTES = 2**20
@@ -85,15 +86,26 @@ def layout_of(path, cache_dir=None):
     if cache_dir is None or not Path(path).is_file():
         return scan(path)
     name = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:32]
-    note, before = Path(cache_dir) / "files" / f"{name}.json", signature(path)
-    if note.is_file():
-        saved = read_json(note)
-        if saved.pop("signature", None) == before:
-            blocks = tuple(Block(str(path), *fields) for fields in saved["blocks"])
-            return Layout(saved["sha256"], saved["num_rows"], blocks)
+    note = Path(cache_dir) / "files" / f"{name}.json"
+    layout = _noted(note, path)
+    if layout is None:
+        with locked(note.with_suffix(".lock")):  # one rank reads the file, the others what it found
+            layout = _noted(note, path) or _scan_and_note(note, path)
+    return layout
+
+
+def _noted(note, path):
+    saved = read_json(note) if note.is_file() else {}
+    if saved.get("signature") != signature(path):
+        return None
+    blocks = tuple(Block(str(path), *fields) for fields in saved["blocks"])
+    return Layout(saved["sha256"], saved["num_rows"], blocks)
+
+
+def _scan_and_note(note, path):
+    started, before = time.time(), signature(path)
     layout = scan(path)
-    if time.time() - os.stat(path).st_ctime > MIN_AGE_SECS:
-        note.parent.mkdir(parents=True, exist_ok=True)
+    if started - os.stat(path).st_ctime > MIN_AGE_SECS:
         blocks = [list(asdict(block).values())[1:] for block in layout.blocks]
         write_json({**asdict(layout), "blocks": blocks, "signature": before}, note)
     return layout

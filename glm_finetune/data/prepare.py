@@ -9,10 +9,13 @@ are under way for each, so that memory does not grow with the file.
 
 import multiprocessing
 import os
+import sys
+import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 
 import numpy as np
 
@@ -21,6 +24,7 @@ from glm_finetune.data.recipe import Report
 from glm_finetune.loss import IGNORE
 
 PENDING_PER_WORKER = 2
+SLOW_IMPORTS = ("torch", "transformers", "peft")  # what a worker would import again because the main script does
 MIN_BYTES_OF_WORKER = 8 * BLOCK_BYTES  # one or two seconds of work; starting processes takes as long
 
 # The arrays of prepared samples. N samples, T tokens of all of them together.
@@ -74,6 +78,8 @@ def tokenize(blocks, recipe, num_workers):
             yield tokenize_block(recipe, block)
         return
     context = multiprocessing.get_context("forkserver")
+    slow = [name for name in SLOW_IMPORTS if name in sys.modules]
+    context.set_forkserver_preload([*slow, recipe.render.__module__])  # once, in the server, not in every worker
     with ProcessPoolExecutor(num_workers, context, _start_worker, (recipe,)) as pool:
         pending = deque()
         try:
@@ -111,6 +117,13 @@ _recipe = None  # of this worker process
 def _start_worker(recipe):
     global _recipe
     _recipe = recipe
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent():
+    """A killed parent would leave its workers waiting for ever."""
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def _work(block):

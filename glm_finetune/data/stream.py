@@ -21,7 +21,7 @@ class Stream:
         """window: rows that are kept together in memory, rows [0, window), [window, 2 * window), ..."""
         self.path, self.recipe, self.window = path, recipe, window
         self.layout = layout_of(path, cache_dir)
-        self.report = Report(rows=self.layout.num_rows, kept=self.layout.num_rows)
+        self.report = f"rows {self.layout.num_rows:,}, streamed: what is cut, skipped or empty is not known beforehand"
         self.unit = self.layout.blocks[0].unit
         self._first_rows = [block.first_row for block in self.layout.blocks]
         self._windows = {}  # number of a window: its rows; the newest two, since a step may span two
