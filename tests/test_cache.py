@@ -95,6 +95,17 @@ def test_a_second_start_reads_nothing_but_the_cache(recipe, data_file, tmp_path,
     assert list(dataset(recipe, data_file, tmp_path / "cache")) == first
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"signature": 3, "blocks": []}'])
+def test_a_damaged_note_of_a_file_is_written_again(text, recipe, data_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MIN_AGE_SECS", -1)
+    first = files.layout_of(data_file, tmp_path)
+    [note] = tmp_path.glob("files/*.json")
+    note.write_text(text)
+    assert files.layout_of(data_file, tmp_path) == first
+    no_work(monkeypatch)
+    assert files.layout_of(data_file, tmp_path) == first
+
+
 def test_equal_content_elsewhere_is_found_and_named_where_it_is(recipe, data_file, tmp_path, monkeypatch):
     first = dataset(recipe, data_file, tmp_path / "cache")
     other = shutil.copy(data_file, tmp_path / "other.jsonl")

@@ -1,1 +1,5 @@
-"""From files to batches: `formats` (row -> messages), `dataset` (messages -> tokens -> batches), `sampler` (order)."""
+"""From files to batches.
+
+Rows: `files`, `formats`. Samples: `recipe`, `prepare`, `cache`, `stream`. Their order: `order`, `sampler`. Batches:
+`dataset`, `packing`.
+"""

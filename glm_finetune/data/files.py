@@ -95,14 +95,17 @@ def layout_of(path, cache_dir=None):
 
 
 def _noted(note, path):
-    saved = read_json(note) if note.is_file() else {}
-    if saved.get("signature") != signature(path):
+    """The layout in a note; None without one, for another state of the file, or if the note is damaged."""
+    try:
+        saved = read_json(note)
+        blocks = tuple(Block(str(path), *fields) for fields in saved["blocks"])
+        return Layout(saved["sha256"], saved["num_rows"], blocks) if saved["signature"] == signature(path) else None
+    except (ValueError, KeyError, TypeError):
         return None
-    blocks = tuple(Block(str(path), *fields) for fields in saved["blocks"])
-    return Layout(saved["sha256"], saved["num_rows"], blocks)
 
 
 def _scan_and_note(note, path):
+    """`scan`, and a note of it unless the file is so young that a change might not show in its signature."""
     started, before = time.time(), signature(path)
     layout = scan(path)
     if started - os.stat(path).st_ctime > MIN_AGE_SECS:

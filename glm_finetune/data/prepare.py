@@ -2,7 +2,8 @@
 
 Workers are started from a fork server, not forked: the process that asks may hold CUDA and threads. They get the recipe
 once and a `Block` at a time, and give back plain arrays, about 5 bytes a token; no more than PENDING_PER_WORKER blocks
-are under way for each, so that memory does not grow with the file.
+are under way for each, so that memory does not grow with the file. More than half of the time is SentencePiece's own;
+rendering a block twice, to encode all its texts in one call, was tried and took as long.
 
     for samples in tokenize(layout.blocks, recipe, num_workers=8): ...
 """

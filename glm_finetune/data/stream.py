@@ -9,6 +9,7 @@ prepared data, and a resumed run goes on exactly there without reading what came
 from bisect import bisect_right
 from dataclasses import replace
 
+from glm_finetune.data.cache import naming_the_cache
 from glm_finetune.data.files import layout_of, rows_of
 from glm_finetune.data.recipe import Report
 from glm_finetune.loss import IGNORE
@@ -20,7 +21,8 @@ class Stream:
     def __init__(self, path, recipe, window, cache_dir=None):
         """window: rows that are kept together in memory, rows [0, window), [window, 2 * window), ..."""
         self.path, self.recipe, self.window = path, recipe, window
-        self.layout = layout_of(path, cache_dir)
+        with naming_the_cache(cache_dir):
+            self.layout = layout_of(path, cache_dir)
         self.report = f"rows {self.layout.num_rows:,}, streamed: what is cut, skipped or empty is not known beforehand"
         self.unit = self.layout.blocks[0].unit
         self._first_rows = [block.first_row for block in self.layout.blocks]
