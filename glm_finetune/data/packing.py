@@ -3,36 +3,40 @@
 best_fit([900, 300, 500], max_len=1024)    # -> [[0], [2, 1]]
 """
 
-MAX_TRIES = 32
-
 
 def best_fit(lengths, max_len):
-    """Groups of indices whose lengths sum to at most `max_len`: best-fit decreasing (Johnson 1974).
+    """Groups of indices whose lengths sum to at most `max_len`, with little padding when all are as wide as the widest.
 
-    All rows of a batch are as wide as its widest, so with the number of rows settled they are made as even as a few
-    narrower tries allow. lengths: tokens of each sample, at most max_len.
+    Best-fit decreasing (Johnson 1974) says how few rows are enough; so many or more, filled evenly, may pad less.
+    lengths: tokens of each sample, at most max_len. Of equal arrangements the one with fewest rows is taken.
     """
     assert max(lengths) <= max_len, f"a sample of {max(lengths)} tokens cannot be packed into rows of {max_len}"
-    bins = _fill(lengths, max_len)
-    narrowest = max(max(lengths), -(-sum(lengths) // len(bins)))
-    widest = max(sum(lengths[i] for i in packed) for packed in bins)
-    step = max(1, -(-(widest - narrowest) // MAX_TRIES))
-    for width in range(narrowest, widest, step):
-        tried = _fill(lengths, width)
-        if len(tried) == len(bins):
-            return tried
-    return bins
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    fewest = _fill(lengths, order, max_len)
+    found = [fewest, *(_spread(lengths, order, count) for count in range(len(fewest), len(lengths) + 1))]
+    sized = [(max(sum(lengths[i] for i in row) for row in rows), rows) for rows in found]
+    return min((pair for pair in sized if pair[0] <= max_len), key=lambda pair: pair[0] * len(pair[1]))[1]
 
 
-def _fill(lengths, capacity):
-    bins, rooms = [], []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fitting = [b for b, room in enumerate(rooms) if room >= lengths[i]]
-        if fitting:
-            best = min(fitting, key=rooms.__getitem__)
-            bins[best].append(i)
-            rooms[best] -= lengths[i]
-        else:
-            bins.append([i])
-            rooms.append(capacity - lengths[i])
-    return bins
+def _fill(lengths, order, capacity):
+    """Each sample into the fullest row that has room for it."""
+    rows, rooms = [], []
+    for i in order:
+        fitting = [r for r, room in enumerate(rooms) if room >= lengths[i]]
+        if not fitting:
+            rows.append([])
+            rooms.append(capacity)
+        best = min(fitting, key=rooms.__getitem__) if fitting else -1
+        rows[best].append(i)
+        rooms[best] -= lengths[i]
+    return rows
+
+
+def _spread(lengths, order, count):
+    """Each sample into the emptiest of `count` rows."""
+    rows, sizes = [[] for _ in range(count)], [0] * count
+    for i in order:
+        emptiest = sizes.index(min(sizes))
+        rows[emptiest].append(i)
+        sizes[emptiest] += lengths[i]
+    return rows
