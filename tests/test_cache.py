@@ -22,6 +22,7 @@ from glm_finetune.data.recipe import Recipe
 from glm_finetune.modes.spec import Limits
 from tests.ranks import run_ranks
 from tests.refusal import contents, refused
+from tests.test_training import run
 
 LIMITS = Limits(128, 64)
 
@@ -300,6 +301,16 @@ def test_a_bad_row_stops_all_ranks_at_once(checkpoints, data_file, tmp_path):
     found = run_ranks(prepare_on_a_rank, 3, checkpoints["glm3"], data_file, tmp_path / "cache", 1.5)
     assert sorted(count for _, count in found) == [0, 0, 1]
     assert all("line 12: field 'input'" in error for error, _ in found)
+
+
+@pytest.mark.slow
+def test_a_run_prepares_into_cache_dir_and_the_next_finds_it(checkpoints, data_file, tmp_path):
+    printed = []
+    for name, flags in (("first", {}), ("second", {}), ("third", {"overwrite_cache": True})):
+        flags |= {"cache_dir": tmp_path / "cache", "max_steps": 1}
+        printed.append(run("glm3", "lora", checkpoints, data_file, tmp_path / name, **flags)[3])
+    assert ["tokenize " in text for text in printed] == [True, False, True]
+    assert len(list((tmp_path / "cache").glob("*/header.json"))) == 1
 
 
 def test_reading_leaves_the_cache_as_it_is(recipe, data_file, tmp_path):

@@ -6,10 +6,12 @@ import pytest
 
 from glm_finetune import MODE
 from glm_finetune.checkpoint import checkpoints as checkpoints_in
+from glm_finetune.config import TrainConfig, parse
 from glm_finetune.data import files, stream
 from glm_finetune.data.order import in_windows
 from glm_finetune.data.sampler import Progress, StepSampler
 from tests.refusal import refused
+from tests.test_bad_input import NEEDED
 from tests.test_resume import losses, stopped_copy
 from tests.test_training import run
 
@@ -89,6 +91,20 @@ def test_a_position_needs_no_order_of_the_whole_file():
     rows = sampler.micro_batches(progress, rank=1)
     first = 24 * 10**9 // 1000 * 1000
     assert all(first <= row < first + 2000 for slot in rows for row in slot) and len(rows) == 2
+
+
+@pytest.mark.parametrize(
+    "flags, part",
+    [
+        (["--streaming", "--overwrite_cache"], "--overwrite_cache goes without --streaming"),
+        (["--streaming", "--group_by_length"], "--group_by_length goes without --streaming"),
+        (["--packing", "--group_by_length"], "--group_by_length goes without --packing"),
+        (["--shuffle_buffer", "100"], "--shuffle_buffer goes with --streaming only"),
+        (["--streaming", "--shuffle_buffer", "0"], "--shuffle_buffer 0: must be above 0"),
+    ],
+)
+def test_flags_of_which_one_would_go_unheard_are_refused(flags, part):
+    refused(lambda: parse(TrainConfig, [*NEEDED, *flags]), part)
 
 
 @pytest.mark.slow
