@@ -140,9 +140,9 @@ def main():
     precision = dist.choose_precision(config.precision or precision_of(ds_json), device)
     ds_config = resolve(ds_json, config, world_size, precision, device.type)
     tokenizer, base_config = build.check_base(mode, config.model_name_or_path, config.max_len)
-    settings = dataset_settings(config)
-    rows = mode.dataset(config.train_path, tokenizer, **settings)
-    eval_rows = mode.dataset(config.eval_path, tokenizer, **settings) if config.eval_path else None
+    options = dataset_settings(config)
+    rows = mode.dataset(config.train_path, tokenizer, **options)
+    eval_rows = mode.dataset(config.eval_path, tokenizer, **options) if config.eval_path else None
     sampler = StepSampler(
         len(rows),
         config.per_device_train_batch_size,
@@ -150,7 +150,7 @@ def main():
         world_size,
         config.seed,
         lengths=rows.lengths() if config.group_by_length else None,
-        window=settings["stream_window"],
+        window=options["stream_window"],
     )
     pack_to = config.max_len if config.packing else None
     collate_rows = partial(collate, pad_token_id=tokenizer.pad_token_id, positions=mode.positions, max_len=pack_to)

@@ -96,6 +96,18 @@ def test_a_second_start_reads_nothing_but_the_cache(recipe, data_file, tmp_path,
     assert list(dataset(recipe, data_file, tmp_path / "cache")) == first
 
 
+def test_a_young_file_is_read_again_unless_it_is_large(data_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MIN_AGE_SECS", 0.2)
+    for name, large, notes in (("small", 2**28, 0), ("large", 100, 1)):
+        monkeypatch.setattr(files, "LARGE_BYTES", large)
+        data_file.touch()
+        files.layout_of(data_file, tmp_path / name)
+        assert len(list((tmp_path / name).glob("files/*.json"))) == notes
+    time.sleep(0.3)
+    files.layout_of(data_file, tmp_path / "small")
+    assert len(list((tmp_path / "small").glob("files/*.json"))) == 1
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"signature": 3, "blocks": []}'])
 def test_a_damaged_note_of_a_file_is_written_again(text, recipe, data_file, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MIN_AGE_SECS", -1)

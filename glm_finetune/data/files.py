@@ -23,6 +23,7 @@ BLOCK_BYTES = 2**20
 MAX_ROW_BYTES = 2**26  # a longer "row" is a file without line ends, or an array that is not closed
 BOM = b"\xef\xbb\xbf"
 SEPARATOR = re.compile(r"[\s,\[]*")
+LARGE_BYTES = 2**28
 MIN_AGE_SECS = 2  # a younger file may change once more without its time of change showing it
 
 
@@ -105,10 +106,16 @@ def _noted(note, path):
 
 
 def _scan_and_note(note, path):
-    """`scan`, and a note of it unless the file is so young that a change might not show in its signature."""
-    started, before = time.time(), signature(path)
-    layout = scan(path)
-    if started - os.stat(path).st_ctime > MIN_AGE_SECS:
+    """`scan`, and a note of it unless the file is so young that a change might not show in its signature.
+
+    A large file is given the time to get older: without a note every rank would read it.
+    """
+    is_old = time.time() - os.stat(path).st_ctime > MIN_AGE_SECS
+    if not is_old and os.stat(path).st_size > LARGE_BYTES:
+        time.sleep(MIN_AGE_SECS)
+        is_old = True
+    before, layout = signature(path), scan(path)
+    if is_old:
         blocks = [list(asdict(block).values())[1:] for block in layout.blocks]
         write_json({**asdict(layout), "blocks": blocks, "signature": before}, note)
     return layout
