@@ -13,14 +13,13 @@ gradient_accumulation_steps micro-batches on every rank; its loss is the mean ov
 import dataclasses
 import os
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from glm_finetune import build, checkpoint, dist, engine, exits, state, tuning
 from glm_finetune.config import TrainConfig
-from glm_finetune.data.dataset import collate, without_targets
+from glm_finetune.data.dataset import without_targets
 from glm_finetune.data.files import paths_of
 from glm_finetune.data.report import write_bad_rows
 from glm_finetune.data.sampler import Progress, StepSampler
@@ -157,8 +156,7 @@ def main():
 def build_and_train(config, mode, train_type, ds_config, precision, device):
     """Everything from the data to the last checkpoint. Returns the exit code."""
     tokenizer, _ = build.check_base(mode, config.model_name_or_path, config.max_len)
-    rows, eval_rows, sampler = build.load_data(config, mode, tokenizer)
-    collate_rows = partial(collate, pad_token_id=tokenizer.pad_token_id, positions=mode.positions)
+    rows, eval_rows, sampler, collate_rows = build.load_data(config, mode, tokenizer)
     engine.start(device)
     exits.forget_errors()
     engine.check(ds_config)

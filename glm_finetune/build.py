@@ -7,10 +7,12 @@ tokenizer, model = load_source(source, torch.bfloat16, device)
 import os
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from glm_finetune import dist
-from glm_finetune.data.dataset import InstructionDataset
+from glm_finetune.config import SHUFFLE_BUFFER
+from glm_finetune.data.cache import default_cache_dir
+from glm_finetune.data.dataset import InstructionDataset, collate
 from glm_finetune.data.sampler import StepSampler
 from glm_finetune.data.samples import settings_of
 from glm_finetune.engine import Partitioned
@@ -42,18 +44,36 @@ def choose(config):
 
 
 def load_data(config, mode, tokenizer):
-    """(rows, evaluation rows or None, sampler) of a run. Raises ValueError for fewer samples than ranks."""
-    settings = settings_of(config, mode, tokenizer)
-    rows = InstructionDataset(config.train_path, settings, progress=dist.is_main())
-    eval_rows = InstructionDataset(config.eval_path, settings, dist.is_main()) if config.eval_path else None
+    """(rows, evaluation rows or None, sampler, function: rows -> batch) of a run.
+
+    Raises ValueError for fewer samples than ranks, and as InstructionDataset.
+    """
+    window = (config.shuffle_buffer or SHUFFLE_BUFFER) if config.streaming else None
+    options = dict(
+        settings=settings_of(config, mode, tokenizer),
+        progress=True,
+        cache_dir=config.cache_dir or default_cache_dir(),
+        overwrite_cache=config.overwrite_cache,
+        window=window,
+    )
+    rows = InstructionDataset(config.train_path, **options)
+    eval_rows = InstructionDataset(config.eval_path, **options) if config.eval_path else None
     world_size = int(os.environ["WORLD_SIZE"])
     if len(rows) < world_size:
         raise ValueError(
             f"--train_path {config.train_path}: {len(rows)} samples for {world_size} ranks, some would have nothing to "
             "do. Start fewer ranks or give more data."
         )
+    lengths = rows.lengths() if config.group_by_length else None
     per_step = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    return rows, eval_rows, StepSampler(len(rows), *per_step, world_size, config.seed)
+    sampler = StepSampler(len(rows), *per_step, world_size, config.seed, lengths=lengths, window=window)
+    max_len = config.max_len if config.packing else None
+    return (
+        rows,
+        eval_rows,
+        sampler,
+        partial(collate, pad_token_id=tokenizer.pad_token_id, positions=mode.positions, max_len=max_len),
+    )
 
 
 def choose_place(config, train_type, ds_config, precision, device):

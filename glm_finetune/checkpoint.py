@@ -16,7 +16,8 @@ from pathlib import Path
 from threading import Thread
 
 from glm_finetune import dist, state
-from glm_finetune.data.files import fingerprint
+from glm_finetune.data.blocks import fingerprint
+from glm_finetune.data.cache import default_cache_dir
 from glm_finetune.engine import whole
 from glm_finetune.tuning.lora import exported
 from glm_finetune.tuning.ptuning import write_prefix
@@ -90,7 +91,7 @@ def train_record(config, train_type, tokenizer, world_size):
         "base_absolute": os.path.abspath(config.model_name_or_path),
         "world_size": world_size,
         "identity": {
-            "training data": fingerprint(config.train_path)[:16],
+            "training data": fingerprint(config.train_path, config.cache_dir or default_cache_dir())[:16],
             "tokenizer": describe(tokenizer.folder / tokenizer.model_file)["sha256"][:16],
             "base": describe(Path(config.model_name_or_path) / "config.json")["sha256"][:16],
             "max_len": config.max_len,
@@ -98,10 +99,17 @@ def train_record(config, train_type, tokenizer, world_size):
             **{name: getattr(config, name) for name in RENDERING},
             "seed": config.seed,
             **{name: getattr(config, name) for name in train_type.identity},
+            **order_flags(config),
         },
         "flags": dataclasses.asdict(config),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
+
+
+def order_flags(config):
+    """{flag: value} of those that are set and decide the order of the data."""
+    names = ("group_by_length", "streaming", "shuffle_buffer")
+    return {name: getattr(config, name) for name in names if getattr(config, name)}
 
 
 def gathered(model, trainable_only):
@@ -320,10 +328,10 @@ def check_same_run(folder, record, force):
     force: allow other data and another base all the same; mode and train type must be equal in any case.
     """
     old = read_json(Path(folder) / "train_config.json")
-    names = ["mode", "train_type"] + ([] if force else list(record["identity"]))
+    names = ["mode", "train_type"] + ([] if force else list({**record["identity"], **old.get("identity", {})}))
     before, now = ({**RENDERING, **r, **r.get("identity", {})} for r in (old, record))
     different = [
-        f"{name}: {before.get(name)} there, {now[name]} here" for name in names if before.get(name) != now[name]
+        f"{name}: {before.get(name)} there, {now.get(name)} here" for name in names if before.get(name) != now.get(name)
     ]
     if different:
         hint = "" if force else " Where that is meant, add --force (not for mode and train type)."

@@ -6,6 +6,7 @@ from glm_finetune.flags import flag, unknown_choice
 
 DEFAULT_DS_FILE = "ds_zero2_no_offload.json"
 TEMPLATES = ("train", "official", "official_rounds")
+SHUFFLE_BUFFER = 10_000  # rows of a stream that are shuffled together
 MIN_PROMPT = 32  # tokens of a prompt in prediction, at least; fewer would cut every question to nothing
 
 
@@ -67,6 +68,19 @@ class TrainConfig(DataFlags):
         "training data: files, folders or hf://owner/name, commas between them, weights behind (a.json:2,b.jsonl)"
     )
     eval_path: str | None = flag("data to compute the loss on at every save, in any of the same formats", None)
+
+    packing: bool = flag(
+        "lay the samples of a micro-batch end to end in rows of at most max_len tokens; samples do not see each other",
+        False,
+        "batches and large data",
+    )
+    group_by_length: bool = flag("batches of samples of similar length, for less padding", False)
+    cache_dir: str | None = flag("folder for prepared data; default: ~/.cache/glm_finetune", None)
+    overwrite_cache: bool = flag("prepare the data again although it lies prepared in cache_dir", False)
+    streaming: bool = flag("prepare nothing: read and tokenize each row of JSON lines when it is its turn", False)
+    shuffle_buffer: int | None = flag(
+        f"with --streaming: shuffle within so many consecutive rows; default: {SHUFFLE_BUFFER}", None
+    )
 
     output_dir: str = flag("folder for checkpoints, logs and TensorBoard files", group="output and resuming")
     overwrite_output_dir: bool = flag("start although output_dir holds results; they are deleted", False)
@@ -149,6 +163,7 @@ class TrainConfig(DataFlags):
             "show_loss_step",
             "save_model_step",
             "save_total_limit",
+            "shuffle_buffer",
             "learning_rate",
             "lora_alpha",
             "loraplus_ratio",
@@ -170,6 +185,7 @@ class TrainConfig(DataFlags):
             if value is not None and not value.strip(", "):
                 yield f"--{name} {value!r}: names nothing. Give names with commas between them, or leave the flag out."
         yield from bad_seed(self.seed)
+        yield from conflicting_data_flags(self)
         for name, allowed in (
             ("lr_scheduler", ("linear", "cosine", "constant")),
             ("device", ("cuda", "cpu")),
@@ -272,6 +288,21 @@ class ReportConfig(DataFlags):
             yield f"--preview {self.preview}: must not be negative."
         if not self.output_path.lower().endswith(".png"):
             yield f"--output_path {self.output_path}: must end in .png."
+
+
+def conflicting_data_flags(config):
+    """Yield a problem for each pair of flags of which one would go unheard."""
+    for first, second, why in (
+        ("streaming", "overwrite_cache", "a stream prepares nothing"),
+        ("streaming", "group_by_length", "a stream does not know the lengths"),
+        ("packing", "group_by_length", "packed rows have next to no padding, whatever the lengths"),
+    ):
+        if getattr(config, first) and getattr(config, second):
+            yield f"--{second} goes without --{first}: {why}. Leave one of them out."
+    if config.streaming and config.on_bad_row == "skip":
+        yield "--on_bad_row skip goes without --streaming: a stream does not know its bad rows beforehand."
+    if config.shuffle_buffer and not config.streaming:
+        yield "--shuffle_buffer goes with --streaming only: prepared data is shuffled as a whole."
 
 
 def bad_seed(seed):

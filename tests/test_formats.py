@@ -14,6 +14,7 @@ import pytest
 from glm_finetune import MODE
 from glm_finetune.config import PredictConfig, TrainConfig
 from glm_finetune.data import files
+from glm_finetune.data.blocks import fingerprint
 from glm_finetune.data.dataset import InstructionDataset
 from glm_finetune.data.formats import FORMATS, detect, parse_columns, renamed
 from glm_finetune.data.samples import Settings, of_source, prepare_row, read_questions, settings_of
@@ -106,7 +107,7 @@ def test_one_prompt_stands_before_every_text_of_the_first_versions_format(settin
     path = write(tmp_path / "a.jsonl", jsonl([row]))
     with_prompt = InstructionDataset(path, settings(prompt_text="抽取："))
     pair = write(tmp_path / "b.jsonl", jsonl([{"instruction": "抽取：", "input": "水泵漏水", "output": "x"}]))
-    assert with_prompt.rows == InstructionDataset(pair, settings()).rows
+    assert list(with_prompt) == list(InstructionDataset(pair, settings()))
     refused(lambda: InstructionDataset(pair, settings(prompt_text="抽取：")), "--prompt_text", "b.jsonl is instruction")
 
 
@@ -137,7 +138,8 @@ def test_a_format_that_could_be_two_must_be_named(settings, tmp_path):
         "--data_format",
     )
     named = InstructionDataset(path, settings(data_format="prompt_response"))
-    assert named.rows == InstructionDataset(path, settings(columns={"question": "prompt", "answer": "response"})).rows
+    columns = {"question": "prompt", "answer": "response"}
+    assert list(named) == list(InstructionDataset(path, settings(columns=columns)))
 
 
 def test_the_first_rows_decide_and_one_odd_one_among_them_does_not(settings, tmp_path):
@@ -160,7 +162,7 @@ def test_bad_columns_are_named(text):
 
 def test_a_missing_column_is_named(settings, tmp_path):
     path = write(tmp_path / "a.jsonl", jsonl([{"q": "x", "reply": "y"}]))
-    rows = InstructionDataset(path, settings(columns={"question": "q", "answer": "reply"})).rows
+    rows = InstructionDataset(path, settings(columns={"question": "q", "answer": "reply"}))
     assert len(rows) == 1
     refused(
         lambda: InstructionDataset(path, settings(columns={"question": "q", "answer": "repli"})),
@@ -214,8 +216,8 @@ def test_conversations_in_parquet_have_no_empty_fields(tmp_path, settings):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = [row for path in SAMPLES if path.name == "conversations.jsonl" for row in rows_in(path)]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")  # fills `loss` with null
-    samples = InstructionDataset(write(tmp_path / "a.jsonl", jsonl(rows)), settings()).rows
-    assert InstructionDataset(tmp_path / "a.parquet", settings()).rows == samples
+    samples = InstructionDataset(write(tmp_path / "a.jsonl", jsonl(rows)), settings())
+    assert list(InstructionDataset(tmp_path / "a.parquet", settings())) == list(samples)
 
 
 def test_data_sets_of_the_datasets_library(tmp_path, settings):
@@ -300,9 +302,9 @@ def test_lines_are_streamed(compressed, tmp_path):
 
 def test_the_fingerprint_follows_content_weights_and_order(tmp_path):
     a, b = write(tmp_path / "a.jsonl"), write(tmp_path / "b.jsonl", jsonl(ROWS[:1]))
-    prints = [files.fingerprint(text) for text in (str(a), str(b), f"{a},{b}", f"{b},{a}", f"{a}:2,{b}", f"{a}:2")]
+    prints = [fingerprint(text) for text in (str(a), str(b), f"{a},{b}", f"{b},{a}", f"{a}:2,{b}", f"{a}:2")]
     assert len(set(prints)) == len(prints)
-    assert files.fingerprint(a) == files.fingerprint(write(tmp_path / "c.jsonl"))
+    assert fingerprint(a) == fingerprint(write(tmp_path / "c.jsonl"))
 
 
 # From flags to samples, and to questions

@@ -1,70 +1,102 @@
-"""Messages -> token rows -> batches. Every rank holds the whole data set; `sampler` says which rows are whose.
+"""Data sets, and their rows -> batches. Every rank sees the whole data set; `sampler` says which rows are whose.
 
 The batch contract, which every model reads (B rows, T tokens, right-padded):
   input_ids (B, T), labels (B, T) with -100 where there is no target, position_ids (B, T) or (B, 2, T),
   target_index (N,): see `loss.target_index`; and, only where causal attention is not enough,
-  segment_ids (B, T), -1 = padding, and is_prefix (B, T) bool: see `models.layers.visible`.
+  segment_ids (B, T), -1 = padding, and is_prefix (B, T) bool: see `models.layers.visible`; or, where causal attention
+  within samples is enough, segment_bounds (S + 1,) int32: see `models.layers.Segments`.
 """
 
-from array import array
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-from tqdm import tqdm
+import torch.nn.functional as F
 
-from glm_finetune.data.files import list_sources, occurrences
-from glm_finetune.data.report import NUM_SHOWN, Report
-from glm_finetune.data.samples import Settings, check_limits, of_source, prepare_row
+from glm_finetune.data.cache import prepared
+from glm_finetune.data.files import list_sources
+from glm_finetune.data.packing import best_fit
+from glm_finetune.data.prepare import in_memory
+from glm_finetune.data.report import NUM_SHOWN
+from glm_finetune.data.samples import Settings, check_limits
+from glm_finetune.data.stream import Stream
 from glm_finetune.loss import IGNORE, target_index
 from glm_finetune.modes.spec import Limits
 
 
 class InstructionDataset(Sequence):
-    """The samples of files, in memory. `report` says what became of the rows, `where(i)` which row sample i is from."""
+    """The samples of files: {"input_ids", "labels", "num_prefix"} of lists. `report` says what became of the rows,
+    `where(i)` which row sample i is from.
+    """
 
-    def __init__(self, path, settings, progress=False):
-        """path: see `files.list_sources`. settings: `samples.settings_of`. progress: show a bar.
+    def __init__(self, path, settings, progress=False, cache_dir=None, overwrite_cache=False, window=None):
+        """path: see `files.list_sources`. settings: `samples.settings_of`.
 
-        Raises ValueError for a bad row (file, line, field), or if no row is left.
+        cache_dir: prepare the samples there, or find them there (see `cache`), progress: with a bar; None: prepare them
+        here, in memory. window: prepare nothing, render a row when it is asked for, best in windows of so many
+        consecutive rows (see `stream`).
+        Raises ValueError for a bad row (file, line, field), or if no row is left; with a window when it is its turn.
         """
-        self.report, self.rows, self.sources = Report(), [], list_sources(path)
-        self._source, self._number = array("H"), array("q")
-        for index, source in enumerate(self.sources):
-            rows = tqdm(source.rows(), desc=f"tokenize {source.path}", unit=" rows", disable=not progress)
-            self._read(index, rows, of_source(source, settings))
-        if not self.rows:
+        sources = list_sources(path)
+        if window:
+            self.rows = Stream(sources, settings, window, cache_dir)
+        elif cache_dir:
+            self.rows = PreparedRows(sources, prepared(sources, settings, cache_dir, overwrite_cache, progress))
+        else:
+            self.rows = PreparedRows(sources, in_memory(sources, settings))
+        self.sources, self.report = sources, self.rows.report
+        if not len(self):
             bad = "".join(f"\n{problem}" for problem in self.report.bad[:NUM_SHOWN])
             raise ValueError(
                 f"{path}: no row left to train on ({self.report}). Raise --max_len and --max_src_len, or "
                 f"leave out --is_skip.{bad}"
             )
 
-    def _read(self, index, rows, settings):
-        source = self.sources[index]
-        for position, (number, row) in enumerate(rows):
-            try:
-                rendered = prepare_row(source.where(number), row, settings)
-            except ValueError as error:
-                if settings.on_bad_row != "skip":
-                    raise
-                self.report.add_bad(error)
-                continue
-            times = occurrences(position, source.weight)
-            for one in self.report.keep(rendered, settings.too_long, times):
-                sample = {"input_ids": one.input_ids, "labels": one.labels, "num_prefix": one.num_prefix}
-                self.rows += [sample] * times
-                self._source.extend([index] * times)
-                self._number.extend([number] * times)
-
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, index):
-        return self.rows[index]
+        if isinstance(index, slice):
+            return [self.rows[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return self.rows[index % len(self)]
 
     def where(self, index):
         """File and line that a sample is from."""
-        return self.sources[self._source[index]].where(self._number[index])
+        return self.rows.where(index)
+
+    def lengths(self):
+        """(N,) int64: tokens of each row. Not for streams, which do not know."""
+        return self.rows.lengths()
+
+
+class PreparedRows:
+    """`prepare.Samples` as rows; what is memory-mapped is read when a row is asked for."""
+
+    def __init__(self, sources, samples):
+        self.sources, self.columns, self.report = sources, samples.columns, samples.report
+
+    def __len__(self):
+        return len(self.columns["index"])
+
+    def __getitem__(self, index):
+        columns, ends, sample = self.columns, self.columns["ends"], int(self.columns["index"][index])
+        place = slice(int(ends[sample - 1]) if sample else 0, int(ends[sample]))
+        ids = columns["input_ids"][place]
+        labels = np.where(columns["is_target"][place], ids, IGNORE)
+        return {
+            "input_ids": ids.tolist(),
+            "labels": labels.tolist(),
+            "num_prefix": int(columns["num_prefix"][sample]),
+        }
+
+    def where(self, index):
+        sample = self.columns["index"][index]
+        return self.sources[self.columns["sources"][sample]].where(self.columns["numbers"][sample])
+
+    def lengths(self):
+        return np.diff(self.columns["ends"], prepend=0)[self.columns["index"]]
 
 
 def original_dataset(
@@ -80,23 +112,30 @@ def original_dataset(
     return InstructionDataset(path, settings, progress)
 
 
-def collate(rows, pad_token_id, positions):
+def collate(rows, pad_token_id, positions, max_len=None):
     """Rows of `InstructionDataset` -> a batch (see the top), padded on the right to the longest row.
 
-    positions: Mode.positions. What the model can do without is left out, so that causal modes build no mask.
+    positions: Mode.positions. max_len: None = a row of the batch for each row of data; otherwise samples are packed,
+    laid end to end in as few rows of at most `max_len` tokens as best-fit finds; attention, positions and loss of a
+    sample are the same either way. What the model can do without is left out, so that causal modes build no mask.
     """
-    width = max(len(row["input_ids"]) for row in rows)
-    input_ids = torch.full((len(rows), width), pad_token_id)
-    labels = torch.full((len(rows), width), IGNORE)
-    segment_ids = torch.full((len(rows), width), -1)
-    is_prefix = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        length = len(row["input_ids"])
-        input_ids[i, :length] = torch.tensor(row["input_ids"])
-        labels[i, :length] = torch.tensor(row["labels"])
-        segment_ids[i, :length] = 0
-        is_prefix[i, : row["num_prefix"]] = True
-    position_ids = torch.stack([positions(width, row["num_prefix"]) for row in rows])
+    lengths = [len(row["input_ids"]) for row in rows]
+    bins = [[i] for i in range(len(rows))] if max_len is None else best_fit(lengths, max_len)
+    width = max(sum(lengths[i] for i in packed) for packed in bins)
+    input_ids = torch.full((len(bins), width), pad_token_id)
+    labels = torch.full((len(bins), width), IGNORE)
+    segment_ids = torch.full((len(bins), width), -1)
+    is_prefix = torch.zeros(len(bins), width, dtype=torch.bool)
+    position_ids = torch.stack([packed_positions([rows[i] for i in packed], positions, width) for packed in bins])
+    for b, packed in enumerate(bins):
+        start = 0
+        for segment, row in enumerate(rows[i] for i in packed):
+            end = start + len(row["input_ids"])
+            input_ids[b, start:end] = torch.tensor(row["input_ids"])
+            labels[b, start + 1 : end] = torch.tensor(row["labels"][1:])  # nothing predicts a sample's first token
+            segment_ids[b, start:end] = segment
+            is_prefix[b, start : start + row["num_prefix"]] = True
+            start = end
     batch = {
         "input_ids": input_ids,
         "labels": labels,
@@ -105,7 +144,21 @@ def collate(rows, pad_token_id, positions):
     }
     if is_prefix.any():
         batch |= {"segment_ids": segment_ids, "is_prefix": is_prefix}
+    elif len(bins) < len(rows):
+        batch["segment_bounds"] = segment_bounds(segment_ids)
     return batch
+
+
+def packed_positions(rows, positions, width):
+    """(width,) or (2, width) int64: each sample's own positions, 0 for padding."""
+    joined = torch.cat([positions(len(row["input_ids"]), row["num_prefix"]) for row in rows], -1)
+    return F.pad(joined, (0, width - joined.shape[-1]))
+
+
+def segment_bounds(segment_ids):
+    """Where segments (padding is one too) begin in the flattened rows, and their end. (B, T) -> (S + 1,) int32."""
+    begins = F.pad(segment_ids.diff(dim=1) != 0, (1, 0), value=True)
+    return F.pad(begins.flatten().nonzero()[:, 0], (0, 1), value=segment_ids.numel()).int()
 
 
 def without_targets(row):

@@ -4,27 +4,26 @@
     for source in list_sources("a.json:2,folder,hf://owner/name#test"):
         for number, row in source.rows():                      # row: a dict, or Unreadable
 
-JSONL, CSV and Parquet are streamed; a JSON array is loaded whole.
+JSONL, CSV and Parquet are streamed; a JSON array is loaded whole. Not here: hashes, and blocks of a file (`blocks`).
 """
 
 import csv
 import gzip
-import hashlib
 import io
-import itertools
 import json
 import math
 import re
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 MAX_LINE = 1 << 24  # bytes of a JSON line; a longer one is a broken file, not a sample
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
 HUB = "hf://"
+BOM = b"\xef\xbb\xbf"
 BATCH_ROWS = 1024  # of Parquet that are in memory at a time
 
 
@@ -37,29 +36,43 @@ class Unreadable:
 
 @dataclass(frozen=True)
 class Source:
-    """A file (or data set of `datasets`). unit: what its numbers count; read(path): yields (number, row)."""
+    """A file (or data set of `datasets`). kind: of READERS. weight: how often its rows count in an epoch."""
 
     path: str
-    unit: str
-    read: Callable
+    kind: str
     weight: Fraction = Fraction(1)
 
     def where(self, number):
-        return f"{self.path}, {self.unit} {number}"
+        return f"{self.path}, {UNITS[self.kind]} {number}"
+
+    @property
+    def has_blocks(self):
+        """Whether any part of it can be read alone: JSON lines that are not compressed."""
+        return self.kind == "lines" and not _is_gzip(self.path)
+
+    def files(self):
+        """The files that it is read from; none of a data set of the hub."""
+        if self.kind != "datasets":
+            return [Path(self.path)]
+        folder = Path(self.path.partition("#")[0])
+        return [] if self.path.startswith(HUB) else sorted(path for path in folder.rglob("*") if path.is_file())
 
     def rows(self):
         """Yield (number, dict or Unreadable). Raises ValueError for a file that cannot be read on."""
         empty = True
         try:
-            for number, row in self.read(self.path):
+            for number, row in READERS[self.kind](self.path):
                 empty = False
-                if not isinstance(row, (dict, Unreadable)):
-                    row = Unreadable(f"expected an object, found {row!r:.60}.")
-                yield number, row
+                yield number, as_row(row)
         except GZIP_ERRORS as error:
             raise ValueError(f"{self.path}: not a whole gzip file ({error}).") from None
         if empty:
-            raise ValueError(f"{self.path}: the {'array' if self.unit == 'entry' else 'file'} is empty.")
+            raise ValueError(f"{self.path}: the {'array' if self.kind == 'array' else 'file'} is empty.")
+
+
+def as_row(value):
+    """The value if it is an object, else an Unreadable that says so."""
+    return value if isinstance(value, (dict, Unreadable)) else Unreadable(f"expected an object, found {value!r:.60}.")
 
 
 def read_rows(path):
@@ -73,7 +86,7 @@ def read_rows(path):
 
 def occurrences(index, weight):
     """How often row `index` (from 0) of a file counts in an epoch: spread evenly, `weight` times on the average."""
-    return math.floor((index + 1) * weight) - math.floor(index * weight)
+    return 1 if weight == 1 else math.floor((index + 1) * weight) - math.floor(index * weight)
 
 
 def list_sources(text):
@@ -98,7 +111,7 @@ def _sources_of(text):
         raise ValueError(f"{text}:0: a weight must be above 0; leave the file out.")
     path = Path(text)
     if text.startswith(HUB) or _is_saved(Path(text.partition("#")[0])):
-        return [Source(text, "row", _read_datasets, weight)]
+        return [Source(text, "datasets", weight)]
     if path.is_dir():
         files = [p for p in sorted(path.iterdir()) if p.is_file() and _suffix(p) in SUFFIXES and p.name[0] != "."]
         if not files:
@@ -116,22 +129,20 @@ def _is_saved(path):
 
 def _suffix(path):
     """The suffix that says what a file holds, without .gz."""
-    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+    return (path.with_suffix("") if _is_gzip(path) else path).suffix.lower()
 
 
 def _source_of_file(path, weight):
-    suffix = _suffix(path)
-    if suffix in (".csv", ".tsv"):
-        return Source(str(path), "line", _read_table, weight)
-    if suffix == ".parquet":
-        return Source(str(path), "row", _read_parquet, weight)
-    if _begins_with(path, b"["):
-        return Source(str(path), "entry", _read_array, weight)
-    return Source(str(path), "line", _read_lines, weight)
+    kind = {".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}.get(_suffix(path))
+    return Source(str(path), kind or ("array" if _begins_with(path, b"[") else "lines"), weight)
+
+
+def _is_gzip(path):
+    return str(path).lower().endswith(".gz")
 
 
 def _open(path):
-    return gzip.open(path, "rb") if str(path).lower().endswith(".gz") else open(path, "rb")
+    return gzip.open(path, "rb") if _is_gzip(path) else open(path, "rb")
 
 
 def _begins_with(path, mark):
@@ -139,7 +150,7 @@ def _begins_with(path, mark):
     try:
         with _open(path) as file:
             while block := file.read(4096):
-                if text := block.removeprefix(b"\xef\xbb\xbf").lstrip():
+                if text := block.removeprefix(BOM).lstrip():
                     return text.startswith(mark)
     except GZIP_ERRORS as error:
         raise ValueError(f"{path}: not a whole gzip file ({error}).") from None
@@ -153,18 +164,25 @@ def _not_utf8(error):
 
 
 def _read_lines(path):
-    """JSONL: at most one line is in memory."""
     with _open(path) as file:
-        for number in itertools.count(1):
-            line = file.readline(MAX_LINE)
-            if not line:
-                return
-            if len(line) == MAX_LINE and not line.endswith(b"\n"):
-                while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
-                    pass
-                yield number, Unreadable(f"longer than {MAX_LINE >> 20} MiB; one row is one line. Split it.")
-            elif text := (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip():
-                yield number, _parse(text)
+        yield from lines_in(file)
+
+
+def lines_in(file, number=1, num_bytes=math.inf):
+    """Yield (number, dict or Unreadable) of JSON lines, of which at most one is in memory.
+
+    file: open where line `number` begins; num_bytes: how far to read, to the end of a line.
+    """
+    while num_bytes > 0 and (line := file.readline(MAX_LINE)):
+        num_bytes -= len(line)
+        if len(line) == MAX_LINE and not line.endswith(b"\n"):
+            while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
+                num_bytes -= len(rest)
+            num_bytes -= len(rest)
+            yield number, Unreadable(f"longer than {MAX_LINE >> 20} MiB; one row is one line. Split it.")
+        elif text := (line.removeprefix(BOM) if number == 1 else line).strip():
+            yield number, as_row(_parse(text))
+        number += 1
 
 
 def _parse(line):
@@ -195,10 +213,9 @@ def _read_array(path):
         raise ValueError(f"{path}: nested too deep.") from None
 
 
-def _read_table(path):
+def _read_table(delimiter, path):
     """CSV or TSV with a header; every value stays the text it is. A number is the row's first line."""
     csv.field_size_limit(MAX_LINE)  # of the whole process; the default is 128 KiB
-    delimiter = "\t" if _suffix(Path(path)) == ".tsv" else ","
     with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
         start = 2
@@ -222,7 +239,7 @@ def _read_parquet(path):
     except ImportError:
         raise _missing("pyarrow", path) from None
     with _open(path) as file:
-        content = io.BytesIO(file.read()) if str(path).lower().endswith(".gz") else file
+        content = io.BytesIO(file.read()) if _is_gzip(path) else file
         try:
             table = pyarrow.parquet.ParquetFile(content)
             batches = table.iter_batches(batch_size=BATCH_ROWS)
@@ -254,16 +271,12 @@ def _missing(library, path):
     return ValueError(f"{path}: reading it needs {library}: pip install {library}")
 
 
-def fingerprint(text):
-    """Text that changes with the data: of one plain file the SHA-256 of its bytes; of data sets only their names."""
-    sources = list_sources(text)
-    parts = []
-    for source in sources:
-        if source.read is _read_datasets:
-            parts.append(source.path)
-            continue
-        with open(source.path, "rb") as file:
-            parts.append(hashlib.file_digest(file, "sha256").hexdigest())
-    if len(parts) == 1 and sources[0].weight == 1:
-        return parts[0]
-    return hashlib.sha256(repr([(part, str(s.weight)) for part, s in zip(parts, sources)]).encode()).hexdigest()
+READERS = {  # kind -> function: path -> (number, row)
+    "lines": _read_lines,
+    "array": _read_array,
+    "csv": partial(_read_table, ","),
+    "tsv": partial(_read_table, "\t"),
+    "parquet": _read_parquet,
+    "datasets": _read_datasets,
+}
+UNITS = {"lines": "line", "array": "entry", "csv": "line", "tsv": "line", "parquet": "row", "datasets": "row"}

@@ -1,7 +1,8 @@
 """What became of the rows of a data set: counts, lengths, bad rows.
 
-report = Report()
-to_train_on = report.keep(prepare_row(where, row, settings), settings.too_long)
+report = Report(settings.too_long)
+to_train_on = report.keep(prepare_row(where, row, settings))
+report.add(of_other_rows)
 print(report)
 """
 
@@ -14,6 +15,8 @@ from glm_finetune.loss import IGNORE
 
 NUM_SHOWN = 5  # bad rows that an error lists
 PERCENTILES = (50, 90, 99)
+SHOWN = ("rows", "kept", "question_cut", "answer_cut", "skipped", "no_target", "answer_empty")
+COUNTS = (*SHOWN, "tokens", "targets")
 
 
 def percentile(lengths, percent):
@@ -28,8 +31,9 @@ def percentile(lengths, percent):
 
 @dataclass
 class Report:
-    """What became of the rows of a data set. lengths: tokens -> number of samples."""
+    """What became of the rows of a data set. too_long: Settings.too_long. lengths: tokens -> number of samples."""
 
+    too_long: str = "cut"
     rows: int = 0
     kept: int = 0  # samples; a row can be several, and count several times by its file's weight
     question_cut: int = 0
@@ -40,13 +44,25 @@ class Report:
     bad: list = field(default_factory=list)  # what was wrong with rows that --on_bad_row skip left out
     tokens: int = 0
     targets: int = 0
-    too_long: str = "cut"  # Settings.too_long
     lengths: Counter = field(default_factory=Counter)
+    streamed: bool = False  # only the number of rows is known
 
-    def keep(self, rendered, too_long, times=1):
+    @classmethod
+    def from_json(cls, fields):
+        """The report whose `vars` were written as JSON, which knows no numbers as keys. Raises TypeError for others."""
+        lengths = Counter({int(length): count for length, count in fields["lengths"].items()})
+        return cls(**{**fields, "lengths": lengths})
+
+    def add(self, other):
+        """Count the rows of another report too."""
+        for name in COUNTS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.bad += other.bad
+        self.lengths.update(other.lengths)
+
+    def keep(self, rendered, times=1):
         """Count the samples of a row; returns those to train on."""
         self.rows += 1
-        self.too_long = too_long
         self.no_target += not any(label != IGNORE for one in rendered for label in one.labels)
         kept = []
         for one in rendered:
@@ -54,7 +70,7 @@ class Report:
             self.question_cut += one.source_cut
             self.answer_cut += one.target_cut
             self.answer_empty += one.answer_empty
-            if too_long == "drop" and (one.source_cut or one.target_cut):
+            if self.too_long == "drop" and (one.source_cut or one.target_cut):
                 self.skipped += 1
             elif num_targets:
                 kept.append(one)
@@ -74,8 +90,9 @@ class Report:
         return max(self.lengths, default=0)
 
     def __str__(self):
-        names = ("rows", "kept", "question_cut", "answer_cut", "skipped", "no_target", "answer_empty")
-        counts = ", ".join(f"{name} {getattr(self, name):,}" for name in names)
+        if self.streamed:
+            return f"rows {self.rows:,}, streamed: what is cut, dropped or empty is not known beforehand"
+        counts = ", ".join(f"{name} {getattr(self, name):,}" for name in SHOWN)
         counts += f", bad {len(self.bad):,}, tokens {self.tokens:,}, targets {self.targets:,}"
         lengths = " ".join(f"{percent}% {percentile(self.lengths, percent):,}" for percent in PERCENTILES)
         return f"{counts}, lengths {lengths} longest {self.longest:,}"

@@ -76,7 +76,7 @@ def check_limits(max_len, max_src_len, question_tail, overhead):
 def of_source(source, settings, needs_answer=True):
     """The settings with the format of a file, told from its first rows. Raises ValueError naming the file."""
     if settings.data_format is None:
-        rows = _first_rows(source, settings)
+        rows = first_rows(source, settings)
         try:
             form = detect([renamed(row, settings.columns) for _, row in rows], needs_answer)
         except ValueError as error:
@@ -89,7 +89,7 @@ def of_source(source, settings, needs_answer=True):
     return settings
 
 
-def _first_rows(source, settings):
+def first_rows(source, settings):
     """[(number, row)] to tell the format from. Raises ValueError for an unreadable one that is not to be skipped."""
     first, problems = [], []
     for number, row in source.rows():
