@@ -38,10 +38,10 @@ sys.path.insert(0, str(ROOT))
 from glm_finetune import MODE  # noqa: E402 (the repository is not installed)
 from glm_finetune.data import cache  # noqa: E402
 from glm_finetune.data.dataset import InstructionDataset, collate  # noqa: E402
-from glm_finetune.data.files import layout_of  # noqa: E402
+from glm_finetune.data.files import list_sources  # noqa: E402
 from glm_finetune.data.prepare import tokenize  # noqa: E402
-from glm_finetune.data.recipe import Recipe  # noqa: E402
 from glm_finetune.data.sampler import Progress, StepSampler  # noqa: E402
+from glm_finetune.data.samples import Settings  # noqa: E402
 from glm_finetune.modes.spec import Limits  # noqa: E402
 
 MODE_NAME, MAX_LEN, MAX_SRC_LEN, BATCH, VOCABULARY = "glm2", 512, 256, 8, 1024
@@ -80,31 +80,37 @@ def secs(function, *args):
     return time.perf_counter() - start
 
 
-def prepare(path, recipe, num_workers):
+def settings_of(tokenizer_folder):
+    """Those of ChatGLM-Finetuning, with whose rows ours are compared."""
+    tokenizer = MODE[MODE_NAME].tokenizer.from_pretrained(tokenizer_folder)
+    return Settings(MODE[MODE_NAME].samples, tokenizer, Limits(MAX_LEN, MAX_SRC_LEN))
+
+
+def prepare(path, settings, num_workers):
     with tempfile.TemporaryDirectory() as folder:
-        cache.prepared(path, recipe, folder, num_workers=num_workers)
+        cache.prepared(list_sources(path), settings, folder, num_workers=num_workers)
 
 
-def rows_per_s(folder, recipe, counts, repeats):
+def rows_per_s(folder, settings, counts, repeats):
     """Rows a second of each way. counts: rows for the loops, and for all processes."""
     from benchmarks.original_loop import BareTokenizer, OriginalTokenizer, original_loop  # not in the workers
 
     limits = MAX_LEN, MAX_SRC_LEN
     few, many = (write_rows(folder / f"{count}.jsonl", count) for count in counts)
-    original, bare = OriginalTokenizer(recipe.tokenizer), BareTokenizer(recipe.tokenizer)
-    ours = InstructionDataset(recipe.render, 0, 3, few, recipe.tokenizer, MAX_LEN, MAX_SRC_LEN)
+    original, bare = OriginalTokenizer(settings.tokenizer), BareTokenizer(settings.tokenizer)
+    ours = InstructionDataset(few, settings)
     check = [original_loop(few, tokenizer, *limits)[:1000] for tokenizer in (original, bare)]
     mine = [{name: row[name] for name in ("input_ids", "labels")} for row in ours[:1000]]
     assert check == [mine, mine], "these are different rows"
-    blocks, cores = layout_of(few).blocks, len(os.sched_getaffinity(0))
-    prepare(few, recipe, cores)  # starts the fork server, once for a run
+    cores = len(os.sched_getaffinity(0))
+    prepare(few, settings, cores)  # starts the fork server, once for a run
     ways = {
         "original": lambda: secs(original_loop, few, original, *limits),
         "bare": lambda: secs(original_loop, few, bare, *limits),
-        "sentencepiece alone": lambda: secs(encode_all, few, recipe.tokenizer.sp),
-        "ours, tokenized in 1 process": lambda: secs(lambda: list(tokenize(blocks, recipe, 0))),
-        "ours, 1 process": lambda: secs(prepare, few, recipe, 0),
-        f"ours, {cores} processes": lambda: secs(prepare, many, recipe, cores),
+        "sentencepiece alone": lambda: secs(encode_all, few, settings.tokenizer.sp),
+        "ours, tokenized in 1 process": lambda: secs(lambda: list(tokenize(list_sources(few), settings))),
+        "ours, 1 process": lambda: secs(prepare, few, settings, 0),
+        f"ours, {cores} processes": lambda: secs(prepare, many, settings, cores),
     }
     taken = {name: [] for name in ways}
     for _ in range(repeats):
@@ -153,14 +159,11 @@ def tree_memory(root):
 
 def run_child(task, path, cache_dir, tokenizer_folder):
     """In the child: prepare a file with all cores, or start on a prepared one and build the first batch."""
-    tokenizer = MODE[MODE_NAME].tokenizer.from_pretrained(tokenizer_folder)
-    recipe = Recipe(MODE[MODE_NAME].render, tokenizer, Limits(MAX_LEN, MAX_SRC_LEN))
+    settings, cores = settings_of(tokenizer_folder), len(os.sched_getaffinity(0))
     if task == "prepare":
-        return secs(lambda: cache.prepared(path, recipe, cache_dir, num_workers=len(os.sched_getaffinity(0))))
+        return secs(lambda: cache.prepared(list_sources(path), settings, cache_dir, num_workers=cores))
     start = time.perf_counter()
-    data = InstructionDataset(
-        recipe.render, 0, 3, path, tokenizer, MAX_LEN, MAX_SRC_LEN, cache_dir=cache_dir, progress=True
-    )
+    data = InstructionDataset(path, settings, cache_dir=cache_dir, progress=True)
     opened = time.perf_counter() - start
     sampler = StepSampler(len(data), BATCH, 1, 1, 1234, lengths=data.lengths() if task == "grouped" else None)
     collate([data[i] for i in sampler.micro_batches(Progress(), 0)[0]], 0, MODE[MODE_NAME].positions)
@@ -195,12 +198,12 @@ def batches_of(data, way, steps):
         yield batch, real
 
 
-def batching(folder, recipe, steps):
+def batching(folder, settings, steps):
     """Padding and target tokens a second of each way."""
     from benchmarks.step_time import config_of, step  # not in the workers, which import this file
 
     path = write_rows(folder / "batches.jsonl", 20 * 64 * BATCH)
-    data = InstructionDataset(recipe.render, 0, 3, path, recipe.tokenizer, MAX_LEN, MAX_SRC_LEN)
+    data = InstructionDataset(path, settings)
     config = MODE["glm3"].config(**config_of(4, 256, 688, 8, VOCABULARY))
     model = MODE["glm3"].model(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -242,13 +245,12 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shutil.copy(args.tokenizer, folder / "tokenizer.model")
-        tokenizer = MODE[MODE_NAME].tokenizer.from_pretrained(folder)
-        recipe = Recipe(MODE[MODE_NAME].render, tokenizer, Limits(MAX_LEN, MAX_SRC_LEN))
-        report = {"machine": machine("cpu"), "vocabulary": len(tokenizer)}
+        settings = settings_of(folder)
+        report = {"machine": machine("cpu"), "vocabulary": len(settings.tokenizer)}
         report["preparation"] = rows_per_s(
-            folder, recipe, (2_000, 4_000) if args.quick else (20_000, 200_000), 1 if args.quick else 3
+            folder, settings, (2_000, 4_000) if args.quick else (20_000, 200_000), 1 if args.quick else 3
         )
-        report["batches"] = batching(folder, recipe, 2 if args.quick else 32)
+        report["batches"] = batching(folder, settings, 2 if args.quick else 32)
         report["sizes"] = start_and_memory(folder, folder, (500, 2_000) if args.quick else (10_000, 1_000_000))
     text = json.dumps(report, indent=1, ensure_ascii=False)
     print(text)

@@ -120,3 +120,14 @@ def test_eleven_rows_on_three_ranks_leave_some_without_a_row(checkpoints, data_f
     alone = dict(per_device_train_batch_size=9)
     expected = run("glm3", "lora", checkpoints, data_file, tmp_path / "one", 1, **alone)[0]
     assert losses(records) == pytest.approx(losses(expected), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODE)
+def test_packed_samples_share_the_prompt_of_version_1_on_any_number_of_ranks(mode, checkpoints, data_file, tmp_path):
+    found = []
+    for world_size, flags in ((1, {}), (1, {"packing": True}), (2, {"packing": True})):
+        flags |= dict(per_device_train_batch_size=6 // world_size, max_len=128, ptuning_version=1)
+        folder = tmp_path / str(len(found))
+        found.append(losses(run(mode, "ptuning", checkpoints, data_file, folder, world_size, **flags)[0]))
+    assert found[1] == pytest.approx(found[0], rel=1e-5) and found[2] == pytest.approx(found[0], rel=1e-5)

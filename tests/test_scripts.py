@@ -297,15 +297,6 @@ def test_the_benchmark_runs_and_finds_both_models_equal():
     assert "logits differ by" in result.stdout and "Tokens/s x" in result.stdout
 
 
-@pytest.mark.slow
-def test_the_benchmark_of_the_data_runs_and_finds_the_rows_of_the_original():
-    command = [sys.executable, "benchmarks/data.py", "--quick"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    report = json.loads(result.stdout)
-    assert set(report) == {"machine", "vocabulary", "preparation", "batches", "sizes"}
-
-
 def commands_in(text):
     """Argument lists of train.py, merge_lora.py and predict.py in a shell script or a README, line breaks joined."""
     for line in re.sub(r"\\+\n\s*", " ", text).splitlines():
