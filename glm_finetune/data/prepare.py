@@ -16,6 +16,7 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from itertools import accumulate, chain
 from multiprocessing.connection import wait
 
 import numpy as np
@@ -87,24 +88,21 @@ def tokenize_block(settings, task):
 
 
 def _columns(samples, index, numbers, position):
-    labels = _array((label for one in samples for label in one.labels), np.int32)
+    labels = list(chain.from_iterable(one.labels for one in samples))
     columns = {
         "index": index,
-        "input_ids": (token for one in samples for token in one.input_ids),
-        "ends": np.cumsum([len(one.input_ids) for one in samples], dtype=np.int64),
-        "num_prefix": (one.num_prefix for one in samples),
+        "input_ids": list(chain.from_iterable(one.input_ids for one in samples)),
+        "ends": list(accumulate(len(one.input_ids) for one in samples)),
+        "num_prefix": [one.num_prefix for one in samples],
         "sources": [position] * len(samples),
         "numbers": numbers,
     }
-    columns = {name: _array(values, COLUMNS[name]) for name, values in columns.items()}
+    columns = {name: np.fromiter(values, COLUMNS[name], len(values)) for name, values in columns.items()}
+    labels = np.fromiter(labels, np.int32, len(labels))
     columns["is_target"] = labels != IGNORE
     same = labels == columns["input_ids"]
     assert (same | ~columns["is_target"]).all(), "a label that is neither -100 nor the token itself cannot be stored"
     return columns
-
-
-def _array(values, dtype):
-    return np.fromiter(values, dtype)
 
 
 def tokenize(sources, settings, num_workers=0, cache_dir=None):

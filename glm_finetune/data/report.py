@@ -63,10 +63,10 @@ class Report:
     def keep(self, rendered, times=1):
         """Count the samples of a row; returns those to train on."""
         self.rows += 1
-        self.no_target += not any(label != IGNORE for one in rendered for label in one.labels)
+        targets = [len(one.labels) - one.labels.count(IGNORE) for one in rendered]
+        self.no_target += not any(targets)
         kept = []
-        for one in rendered:
-            num_targets = sum(label != IGNORE for label in one.labels)
+        for one, num_targets in zip(rendered, targets):
             self.question_cut += one.source_cut
             self.answer_cut += one.target_cut
             self.answer_empty += one.answer_empty
