@@ -88,6 +88,16 @@ def test_a_row_that_does_not_fit_stops_where_that_is_asked_for(
     assert refused(lambda: prepared(data_file, settings, tmp_path / "cache", num_workers)) == expected
 
 
+def test_a_row_that_is_nested_too_deep_for_another_process_is_tokenized_all_the_same(
+    settings, rows, tmp_path, fork_server
+):
+    deep = json.loads("[" * 900 + "]" * 900)
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([*rows, {**rows[0], "other": deep}]), encoding="utf-8")
+    samples = prepared(path, settings, tmp_path / "cache", num_workers=2)
+    assert len(samples.columns["index"]) == 12
+
+
 def test_a_data_set_of_the_hub_is_read_at_every_start_and_a_saved_one_only_when_it_changes(
     settings, rows, tmp_path, monkeypatch
 ):

@@ -21,9 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece
-from tqdm import tqdm
 
-from glm_finetune.data.blocks import check_unchanged, content_of, layout_of, signature
+from glm_finetune.data.blocks import check_unchanged, content_of, signature
 from glm_finetune.data.lock import locked
 from glm_finetune.data.prepare import COLUMNS, Samples, choose_workers, tokenize
 from glm_finetune.data.report import Report
@@ -144,27 +143,19 @@ def _write(folder, sources, settings, progress, num_workers):
     report, counts = Report(settings.too_long), dict.fromkeys(COLUMNS, 0)
     before = {path: signature(path) for source in sources for path in source.files()}
     workers = choose_workers(sources) if num_workers is None else num_workers
-    with _bar(sources, folder.parent, progress) as bar, ExitStack() as stack:
+    with ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / name, "wb")) for name in COLUMNS}
-        for samples in tokenize(sources, settings, workers, folder.parent):
+        for samples in tokenize(sources, settings, workers, folder.parent, progress):
             for name, column in samples.after(counts["ends"], counts["input_ids"]).items():
                 files[name].write(column.data)
                 counts[name] += len(column)
             report.add(samples.report)
-            bar.update(samples.report.rows)
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
     for path, old in before.items():
         check_unchanged(path, old)
     return counts, report
-
-
-def _bar(sources, cache_dir, progress):
-    counts = [layout_of(source, source.path, cache_dir).num_rows if source.has_blocks else None for source in sources]
-    total = None if None in counts else sum(counts)
-    paths = ", ".join(source.path for source in sources)
-    return tqdm(total=total, desc=f"tokenize {paths:.80}", unit=" rows", disable=not progress)
 
 
 def _raise_old_error(folder, started):

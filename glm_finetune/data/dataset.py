@@ -32,9 +32,9 @@ class InstructionDataset(Sequence):
     def __init__(self, path, settings, progress=False, cache_dir=None, overwrite_cache=False, window=None):
         """path: see `files.list_sources`. settings: `samples.settings_of`.
 
-        cache_dir: prepare the samples there, or find them there (see `cache`), progress: with a bar; None: prepare them
-        here, in memory. window: prepare nothing, render a row when it is asked for, best in windows of so many
-        consecutive rows (see `stream`).
+        cache_dir: prepare the samples there, or find them there (see `cache`); None: prepare them here, in memory, in
+        this process. progress: show a bar while that is done. window: prepare nothing, render a row when it is asked
+        for, best in windows of so many consecutive rows (see `stream`).
         Raises ValueError for a bad row (file, line, field), or if no row is left; with a window when it is its turn.
         """
         sources = list_sources(path)
@@ -43,7 +43,7 @@ class InstructionDataset(Sequence):
         elif cache_dir:
             self.rows = PreparedRows(sources, prepared(sources, settings, cache_dir, overwrite_cache, progress))
         else:
-            self.rows = PreparedRows(sources, in_memory(sources, settings))
+            self.rows = PreparedRows(sources, in_memory(sources, settings, progress))
         self.sources, self.report = sources, self.rows.report
         if not len(self):
             bad = "".join(f"\n{problem}" for problem in self.report.bad[:NUM_SHOWN])

@@ -190,6 +190,8 @@ def parse_columns(text):
 
 def renamed(row, columns):
     """The row with its columns under the names of the format's fields; what had such a name before is hidden."""
+    if not columns:
+        return row
     hidden = {*columns, *columns.values()}
     kept = {name: value for name, value in row.items() if name not in hidden}
     return kept | {name: row[column] for name, column in columns.items() if column in row}

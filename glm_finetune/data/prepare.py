@@ -20,8 +20,9 @@ from itertools import accumulate, chain
 from multiprocessing.connection import wait
 
 import numpy as np
+from tqdm import tqdm
 
-from glm_finetune.data.blocks import BLOCK_BYTES, blocks_of
+from glm_finetune.data.blocks import BLOCK_BYTES, blocks_of, layout_of
 from glm_finetune.data.files import Source, occurrences
 from glm_finetune.data.report import Report
 from glm_finetune.data.samples import of_source, prepare_row
@@ -105,33 +106,52 @@ def _columns(samples, index, numbers, position):
     return columns
 
 
-def tokenize(sources, settings, num_workers=0, cache_dir=None):
+def tokenize(sources, settings, num_workers=0, cache_dir=None, progress=False):
     """Yield the Samples of each block of each source, in order. num_workers: 0 = in this process.
 
-    cache_dir: where the places of blocks are remembered. Raises ValueError for a bad row or file.
+    cache_dir: where the places of blocks are remembered. progress: show a bar. Raises ValueError for a bad row or file.
     """
-    if not num_workers:
-        for task in _tasks(sources, settings, cache_dir):
-            yield tokenize_block(settings, task)
-        return
+    tasks = _tasks(sources, settings, cache_dir)
+    if num_workers:
+        blocks = _in_workers(tasks, settings, num_workers)
+    else:
+        blocks = (tokenize_block(settings, task) for task in tasks)
+    total = None
+    if cache_dir and all(source.has_blocks for source in sources):
+        total = sum(layout_of(source, source.path, cache_dir).num_rows for source in sources)
+    title = f"tokenize {', '.join(source.path for source in sources):.80}"
+    with tqdm(total=total, desc=title, unit=" rows", disable=not progress) as bar:
+        for samples in blocks:
+            bar.update(samples.report.rows)
+            yield samples
+
+
+def _in_workers(tasks, settings, num_workers):
     context = multiprocessing.get_context("forkserver")
     slow = [name for name in SLOW_IMPORTS if name in sys.modules]
     context.set_forkserver_preload([*slow, settings.samples.__module__])  # once, in the server, not in every worker
     with ProcessPoolExecutor(num_workers, context, _start_worker, (settings,)) as pool:
         pending = deque()
         try:
-            for task in _tasks(sources, settings, cache_dir):
-                pending.append(pool.submit(_work, task))
+            for task in tasks:
+                pending.append((task, pool.submit(_work, task)))
                 if len(pending) >= PENDING_PER_WORKER * num_workers:
-                    yield pending.popleft().result()
+                    yield _result(settings, *pending.popleft())
             while pending:
-                yield pending.popleft().result()
+                yield _result(settings, *pending.popleft())
         except BrokenProcessPool:
             raise ChildProcessError(
                 "a process that prepares the data was killed (out of memory?). Start again."
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _result(settings, task, future):
+    try:
+        return future.result()
+    except RecursionError:  # JSON may be nested deeper than what can be sent to a process
+        return tokenize_block(settings, task)
 
 
 def _tasks(sources, settings, cache_dir):
@@ -141,10 +161,10 @@ def _tasks(sources, settings, cache_dir):
             yield Task(source, position, data_format, block)
 
 
-def in_memory(sources, settings):
+def in_memory(sources, settings, progress=False):
     """The Samples of all sources together, prepared in this process."""
     parts, report, num_samples, num_tokens = [], Report(settings.too_long), 0, 0
-    for samples in tokenize(sources, settings):
+    for samples in tokenize(sources, settings, progress=progress):
         parts.append(samples.after(num_samples, num_tokens))
         report.add(samples.report)
         num_samples, num_tokens = num_samples + len(parts[-1]["ends"]), num_tokens + len(parts[-1]["input_ids"])
