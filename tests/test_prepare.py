@@ -115,6 +115,7 @@ def test_a_data_set_of_the_hub_is_read_at_every_start_and_a_saved_one_only_when_
         (tmp_path / "saved" / name).write_text("{}")
     first = dataset(settings, f"{tmp_path}/saved#train", tmp_path / "cache")
     found.pop()
+    assert len(dataset(settings, f"{tmp_path}/saved#test", tmp_path / "cache")) == 9
     assert len(dataset(settings, f"{tmp_path}/saved#train", tmp_path / "cache")) == len(first) == 10
     (tmp_path / "saved/data.arrow").write_text("[]")
     assert len(dataset(settings, f"{tmp_path}/saved#train", tmp_path / "cache")) == 9

@@ -78,9 +78,10 @@ def blocks_of(source, cache_dir=None):
 def content_of(source, cache_dir=None):
     """Hash of all that a source holds; None of a data set of the hub, which nobody knows before it is read."""
     parts = [(path.name, layout_of(source, path, cache_dir).sha256) for path in source.files()]
-    if len(parts) < 2:
-        return parts[0][1] if parts else None
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+    if source.kind != "datasets":
+        return parts[0][1]
+    split = source.path.partition("#")[2]
+    return hashlib.sha256(repr((split, parts)).encode()).hexdigest() if parts else None
 
 
 def fingerprint(text, cache_dir=None):

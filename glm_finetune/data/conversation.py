@@ -8,6 +8,7 @@ import json
 import keyword
 import re
 
+HALF = re.compile("[\ud800-\udfff]")  # of a character that UTF-16 writes as two
 MAX_DEPTH = 32  # of tools and arguments; far deeper ones would end in a RecursionError
 MAX_CHARACTERS = 1 << 24  # of one text; a longer one is a broken file, not a sample
 TOOLS_PROMPT = (  # of ChatGLM3's training, word for word
@@ -32,7 +33,7 @@ def text_of(row, name):
         raise ValueError(f"field {name!r} {problem}; the fields found are {sorted(map(str, row))}.")
     if len(value) > MAX_CHARACTERS:
         raise ValueError(f"field {name!r} has {len(value):,} characters; {MAX_CHARACTERS:,} are allowed. Split it.")
-    if half := re.search("[\ud800-\udfff]", value):
+    if half := HALF.search(value):
         raise ValueError(f"field {name!r} has {half[0]!r}, half of a character, at {half.start()}.")
     return value
 
