@@ -8,6 +8,7 @@ own; rendering a block twice, to encode all its texts in one call, was tried and
     for samples in tokenize(list_sources(path), settings, num_workers=8): ...
 """
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -186,6 +187,7 @@ _settings = None  # of this worker process
 def _start_worker(settings):
     global _settings
     _settings = settings
+    gc.freeze()  # a collection would write to all that the server imported, and each worker have its own copy of it
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
