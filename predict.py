@@ -19,7 +19,7 @@ from tqdm import tqdm
 from glm_finetune import build, dist, exits
 from glm_finetune.chat import answer_ids, chat, chat_ids
 from glm_finetune.config import PredictConfig
-from glm_finetune.data.formats import INSTRUCTION_FIELDS, instruction_messages, read_rows
+from glm_finetune.data.samples import read_questions
 from glm_finetune.flags import parse
 from glm_finetune.metrics import triple_scores
 from glm_finetune.modes.spec import Limits
@@ -34,7 +34,7 @@ def main():
     device = dist.choose_device(config.device)
     precision = dist.choose_precision(config.precision, device)
     source = build.find_source(config.model_path, config.mode, config.ori_model_dir, config.template)
-    rows = list(read_checked_rows(config.test_path)) if config.test_path else []
+    rows = list(read_questions(config, source.prompt_text)) if config.test_path else []
     path, settings = output_path(config, source), answer_settings(config, source, precision)
     done = answered(path, rows, config, settings) if config.test_path else []
     dist.seed_all(config.seed)
@@ -66,6 +66,7 @@ def settings_path(path):
 def answer_settings(config, source, precision):
     """What an answer depends on besides its question; answers of other settings are not mixed into one file."""
     names = ("max_length", "max_new_tokens", "do_sample", "top_p", "temperature", "num_beams", "seed")
+    names += ("truncation", "data_format", "columns", "prompt_text")
     files = [path for folder in filter(None, (source.base, source.adapter)) for path in weight_files_in(folder)]
     return {
         "model": str(Path(config.model_path).resolve()),
@@ -92,7 +93,7 @@ def answer_batch(model, tokenizer, source, config, conversations):
     """(answers, number of questions cut to fit) for a list of conversations, generated together."""
     stop = source.mode.stop_token_ids(tokenizer)
     room = config.max_new_tokens or config.max_length // 4  # kept free for the answer when a question is too long
-    limits = Limits(config.max_length, max(8, config.max_length - room - 8))
+    limits = Limits(config.max_length, max(8, config.max_length - room - 8), config.truncation)
     rendered = [source.mode.render(tokenizer, messages, limits, source.template) for messages in conversations]
     rows = [one.input_ids for one in rendered]
     width = max(map(len, rows))
@@ -109,15 +110,11 @@ def answer_batch(model, tokenizer, source, config, conversations):
     return answers, sum(one.source_cut for one in rendered)
 
 
-def read_checked_rows(path):
-    """(row, messages) of a file; the answer, where there is one, is left out of the messages."""
-    for where, row in read_rows(path):
-        messages = instruction_messages(row, where, needs_output=False)
-        yield row, messages[:1]
-
-
 def answer_file(model, tokenizer, source, config, rows, path, done):
-    """Answer `rows` in order, one JSON line each, after those `done` by an earlier run. Prints scores at the end."""
+    """Answer `rows` (`read_questions`) in order, one JSON line each, after those `done` by an earlier run.
+
+    Prints scores at the end.
+    """
     if done:
         print(f"{len(done)} of {len(rows)} answers are there from an earlier run of the same settings")
     write_lines(path, done)  # drops what a killed run left half written
@@ -125,14 +122,14 @@ def answer_file(model, tokenizer, source, config, rows, path, done):
     with open(path, "a", encoding="utf-8") as file:
         for start in tqdm(range(len(done), len(rows), config.batch_size), desc="predict", unit=" batches"):
             part = rows[start : start + config.batch_size]
-            answers, cut = answer_batch(model, tokenizer, source, config, [messages for _, messages in part])
+            answers, cut = answer_batch(model, tokenizer, source, config, [messages for _, messages, _ in part])
             num_cut += cut
-            for (row, _), answer in zip(part, answers):
+            for (row, _, _), answer in zip(part, answers):
                 done.append({**row, "prediction": answer})
                 file.write(json.dumps(done[-1], ensure_ascii=False) + "\n")
             file.flush()
     print(f"{len(done)} answers in {path}" + (f"; {num_cut} questions cut to fit --max_length" if num_cut else ""))
-    pairs = [(row["prediction"], row["output"]) for row in done if "output" in row]
+    pairs = [(answered["prediction"], answer) for answered, (_, _, answer) in zip(done, rows) if answer is not None]
     if pairs and any(len(line.split("_")) == 3 for _, gold in pairs for line in gold.split("\n")):
         scores = triple_scores(pairs)
         print(
@@ -159,7 +156,7 @@ def answered(path, rows, config, settings):
     lines = path.read_bytes().split(b"\n")[:-1]
     if len(lines) > len(rows):
         raise ValueError(f"{path}: has {len(lines)} answers, --test_path {len(rows)} rows. {ELSEWHERE}")
-    return [answer_in(text, row, f"{path}, line {i}") for i, (text, (row, _)) in enumerate(zip(lines, rows), 1)]
+    return [answer_in(text, row, f"{path}, line {i}") for i, (text, (row, *_)) in enumerate(zip(lines, rows), 1)]
 
 
 def answer_in(text, row, where):
@@ -168,11 +165,7 @@ def answer_in(text, row, where):
         old = json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise ValueError(f"{where}: not JSON. {ELSEWHERE}") from None
-    if (
-        not isinstance(old, dict)
-        or "prediction" not in old
-        or any(old.get(name) != row.get(name) for name in INSTRUCTION_FIELDS)
-    ):
+    if not isinstance(old, dict) or "prediction" not in old or {**row, "prediction": old["prediction"]} != old:
         raise ValueError(f"{where}: answers another row than --test_path has there. {ELSEWHERE}")
     return old
 

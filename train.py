@@ -13,13 +13,14 @@ gradient_accumulation_steps micro-batches on every rank; its loss is the mean ov
 import dataclasses
 import os
 import sys
-from functools import partial
+from pathlib import Path
 
 import torch
 
-from glm_finetune import build, checkpoint, dist, engine, exits, state, tuning
+from glm_finetune import build, checkpoint, dist, engine, exits, resume, state, tuning
 from glm_finetune.config import TrainConfig
-from glm_finetune.data.dataset import collate, without_targets
+from glm_finetune.data.dataset import without_targets
+from glm_finetune.data.report import write_bad_rows
 from glm_finetune.data.sampler import Progress, StepSampler
 from glm_finetune.ds_config import precision_of, read_ds_file, resolve, stage_of
 from glm_finetune.flags import parse, raise_together
@@ -139,8 +140,7 @@ def evaluate(run):
 def main():
     config = parse(TrainConfig, sys.argv[1:], __doc__)
     mode, train_type = build.choose(config)
-    inputs = () if config.resume else (config.model_name_or_path, config.train_path, config.eval_path)
-    checkpoint.check_output_dir(config.output_dir, config.overwrite_output_dir or config.resume, inputs)
+    build.check_paths(config)
     engine.launch_environment()
     world_size, device = int(os.environ["WORLD_SIZE"]), dist.choose_device(config.device)
     ds_json = read_ds_file(config.ds_file)
@@ -154,14 +154,13 @@ def main():
 def build_and_train(config, mode, train_type, ds_config, precision, device):
     """Everything from the data to the last checkpoint. Returns the exit code."""
     tokenizer, _ = build.check_base(mode, config.model_name_or_path, config.max_len)
-    rows, eval_rows, sampler = build.load_data(config, mode, tokenizer)
-    collate_rows = partial(collate, pad_token_id=tokenizer.pad_token_id, positions=mode.positions)
+    rows, eval_rows, sampler, collate_rows = build.load_data(config, mode, tokenizer)
     exits.forget_errors()
     engine.start(device)
     engine.check(ds_config)
     record = checkpoint.train_record(config, train_type, tokenizer, dist.world_size())
-    resume_from = checkpoint.choose_resume(config, record)
-    if resume_from and checkpoint.is_complete(resume_from, config, sampler):
+    resume_from = resume.choose_resume(config, record)
+    if resume_from and resume.is_complete(resume_from, config, sampler):
         return 0
     dist.seed_all(config.seed)
     place = build.choose_place(config, train_type, ds_config, precision, device)
@@ -173,10 +172,11 @@ def build_and_train(config, mode, train_type, ds_config, precision, device):
         nothing = to_device(collate_rows([without_targets(rows[0])]), device)
         progress, numbers = state.restore(ds_engine, resume_from / state.FOLDER, nothing, config.seed, device)
     else:
-        # Not before: what fails must not cost the old results.
         checkpoint.create_output_dir(config.output_dir, config.overwrite_output_dir or config.resume)
         dist.seed_all(config.seed + dist.rank())  # dropout differs between ranks
     total_steps = config.max_steps or sampler.total_steps(progress, config.num_train_epochs)
+    if dist.is_main():
+        write_bad_rows(Path(config.output_dir) / "bad_rows.txt", rows, eval_rows)
     settings = (config, train_type, ds_config, model, rows, eval_rows, tokenizer, sampler, total_steps)
     dist.print_main(start_lines(*settings, device, precision, resume_from, progress))
     guard = Guard(ds_engine, config, train_type, rows.where)

@@ -7,10 +7,16 @@ tokenizer, model = load_source(source, torch.bfloat16, device)
 import os
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from glm_finetune import dist
+from glm_finetune import checkpoint
+from glm_finetune.config import SHUFFLE_BUFFER
+from glm_finetune.data.cache import default_cache_dir
+from glm_finetune.data.dataset import InstructionDataset, collate
+from glm_finetune.data.files import paths_of
 from glm_finetune.data.sampler import StepSampler
+from glm_finetune.data.samples import settings_of
 from glm_finetune.engine import Partitioned
 from glm_finetune.flags import raise_together, unknown_choice
 from glm_finetune.models.base import DTYPES
@@ -39,21 +45,43 @@ def choose(config):
     return MODE[config.mode], train_type
 
 
+def check_paths(config):
+    """Raise ValueError if --output_dir holds results that are not to be deleted, or something that the run reads."""
+    inputs = () if config.resume else (config.model_name_or_path, *paths_of(config.train_path, config.eval_path))
+    checkpoint.check_output_dir(config.output_dir, config.overwrite_output_dir or config.resume, inputs)
+
+
 def load_data(config, mode, tokenizer):
-    """(rows, evaluation rows or None, sampler) of a run. Raises ValueError for fewer samples than ranks."""
-    limits = dict(
-        max_len=config.max_len, max_src_len=config.max_src_len, is_skip=config.is_skip, progress=dist.is_main()
+    """(rows, evaluation rows or None, sampler, function: rows -> batch) of a run.
+
+    Raises ValueError for fewer samples than ranks, and as InstructionDataset.
+    """
+    window = (config.shuffle_buffer or SHUFFLE_BUFFER) if config.streaming else None
+    options = dict(
+        settings=settings_of(config, mode, tokenizer),
+        progress=True,
+        cache_dir=config.cache_dir or default_cache_dir(),
+        overwrite_cache=config.overwrite_cache,
+        window=window,
     )
-    rows = mode.dataset(config.train_path, tokenizer, **limits)
-    eval_rows = mode.dataset(config.eval_path, tokenizer, **limits) if config.eval_path else None
+    rows = InstructionDataset(config.train_path, **options)
+    eval_rows = InstructionDataset(config.eval_path, **options) if config.eval_path else None
     world_size = int(os.environ["WORLD_SIZE"])
     if len(rows) < world_size:
         raise ValueError(
             f"--train_path {config.train_path}: {len(rows)} samples for {world_size} ranks, some would have nothing to "
             "do. Start fewer ranks or give more data."
         )
+    lengths = rows.lengths() if config.group_by_length else None
     per_step = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    return rows, eval_rows, StepSampler(len(rows), *per_step, world_size, config.seed)
+    sampler = StepSampler(len(rows), *per_step, world_size, config.seed, lengths=lengths, window=window)
+    max_len = config.max_len if config.packing else None
+    return (
+        rows,
+        eval_rows,
+        sampler,
+        partial(collate, pad_token_id=tokenizer.pad_token_id, positions=mode.positions, max_len=max_len),
+    )
 
 
 def choose_place(config, train_type, ds_config, precision, device):
@@ -123,6 +151,7 @@ def load_base(mode, folder, place, gradient_checkpointing=False):
 class Source:
     """What a model folder is.
 
+    prompt_text: that of its training, or None.
     adapter: folder of a LoRA adapter or (is_prefix) a P-tuning prefix, or None. template: "train" or "official".
     is_bare: not made by this project.
     """
@@ -133,6 +162,7 @@ class Source:
     template: str
     is_bare: bool
     is_prefix: bool
+    prompt_text: str | None = None
 
 
 def find_source(folder, mode_name=None, base=None, template=None):
@@ -159,6 +189,7 @@ def find_source(folder, mode_name=None, base=None, template=None):
         template or record.get("template", "official"),
         is_bare=not record and not is_adapter,
         is_prefix=is_prefix,
+        prompt_text=record.get("flags", {}).get("prompt_text"),
     )
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 from threading import Thread
 
 from glm_finetune import dist, state
+from glm_finetune.data.blocks import fingerprint
+from glm_finetune.data.cache import default_cache_dir
 from glm_finetune.engine import whole
 from glm_finetune.tuning.lora import exported
 from glm_finetune.tuning.ptuning import write_prefix
@@ -26,6 +28,17 @@ FORMAT_VERSION = 1
 TEMPORARY = "tmp-"
 MANIFEST = "manifest.json"
 CHECKPOINT = r"epoch-\d+-step-\d+"  # name of its folder
+RENDERING = {  # flags that change the samples of the same data, with what checkpoints without them did
+    "is_skip": False,
+    "truncation": "tail",
+    "end_cut_answers": True,
+    "data_format": None,
+    "columns": None,
+    "prompt_text": None,
+    "template": "train",
+    "train_on": "all",
+    "on_bad_row": "stop",
+}
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "sentencepiece")
 
 
@@ -82,25 +95,32 @@ def train_record(config, train_type, tokenizer, world_size):
         "format_version": FORMAT_VERSION,
         "mode": config.mode,
         "train_type": config.train_type,
-        "template": "train",
+        "template": config.template,
         "saves": train_type.saves,
         "base": config.model_name_or_path,
         "base_absolute": os.path.abspath(config.model_name_or_path),
         "world_size": world_size,
         "identity": {
-            "training data": describe(Path(config.train_path))["sha256"][:16],
+            "training data": fingerprint(config.train_path, config.cache_dir or default_cache_dir())[:16],
             "tokenizer": describe(tokenizer.folder / tokenizer.model_file)["sha256"][:16],
             "base": describe(Path(config.model_name_or_path) / "config.json")["sha256"][:16],
             "max_len": config.max_len,
             "max_src_len": config.max_src_len,
-            "is_skip": config.is_skip,
+            **{name: getattr(config, name) for name in RENDERING},
             "seed": config.seed,
             **{name: getattr(config, name) for name in train_type.identity},
+            **order_flags(config),
         },
         "flags": dataclasses.asdict(config),
         "given": sorted(config.given),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
+
+
+def order_flags(config):
+    """{flag: value} of those that are set and decide the order of the data."""
+    names = ("group_by_length", "streaming", "shuffle_buffer")
+    return {name: getattr(config, name) for name in names if getattr(config, name)}
 
 
 def gathered(model, trainable_only):
@@ -291,109 +311,6 @@ def damage(folder):
         if (folder / name).stat().st_size != expected["bytes"] or describe(folder / name) != expected:
             return f"{folder}: {name} is damaged (its size or hash is not that of {MANIFEST})."
     return None
-
-
-def find_resume(resume, output_dir):
-    """The checkpoint that --resume asks for, or None: "auto" takes the newest whole one in output_dir, if any.
-
-    Only rank 0 needs to call. Damaged ones are named and passed over. Raises ValueError for a path that is damaged, has
-    no state, or is of a newer format.
-    """
-    if resume != "auto":
-        problem = damage(Path(resume)) or _unfit(Path(resume))
-        if problem:
-            raise ValueError(f"--resume {resume}: {problem}")
-        return Path(resume)
-    for folder in reversed(checkpoints(output_dir)):
-        problem = damage(folder) or _unfit(folder)
-        if problem is None:
-            return folder
-        print(f"--resume auto: {problem} The one before it is taken.", flush=True)
-    return None
-
-
-def choose_resume(config, record):
-    """The folder to go on from, or None; rank 0 looks. All ranks must call.
-
-    Raises ValueError on every rank if --resume names nothing to go on from, or another run.
-    """
-    if not config.resume:
-        return None
-    folder, problem = None, None
-    if dist.is_main():
-        try:
-            folder = find_resume(config.resume, config.output_dir)
-            if folder:
-                check_same_run(folder, record, config.force)
-                _check_steps(folder, config.max_steps)
-            _check_others(folder, config)
-        except ValueError as error:
-            problem = str(error)
-    folder, problem = dist.from_main((folder, problem))
-    if problem:
-        raise ValueError(problem)
-    return folder
-
-
-def _unfit(folder):
-    if not (folder / state.FOLDER / "progress.json").is_file():
-        return f"{folder}: has no {state.FOLDER}/ to go on from; give a folder epoch-E-step-S of a run."
-    version = read_json(folder / "train_config.json").get("format_version", 0)
-    return (
-        f"{folder}: format {version}, this version reads up to {FORMAT_VERSION}." if version > FORMAT_VERSION else None
-    )
-
-
-def check_same_run(folder, record, force):
-    """Raise ValueError naming what differs between a checkpoint and this run in what must not (`train_record`).
-
-    force: allow other data and another base all the same; mode and train type must be equal in any case.
-    """
-    old = read_json(Path(folder) / "train_config.json")
-    names = ["mode", "train_type"] + ([] if force else list(record["identity"]))
-    before, now = ({**r, **r.get("identity", {})} for r in (old, record))
-    different = [
-        f"{name}: {before.get(name)} there, {now[name]} here" for name in names if before.get(name) != now[name]
-    ]
-    if different:
-        hint = "" if force else " Where that is meant, add --force (not for mode and train type)."
-        raise ValueError(f"--resume {folder} is of another run: {'; '.join(different)}.{hint}")
-
-
-def _check_steps(folder, max_steps):
-    done = read_json(Path(folder) / "train_config.json")["step"]
-    if max_steps and max_steps < done:
-        raise ValueError(
-            f"--max_steps {max_steps}: {folder} has {done} steps behind it already. Raise it, or leave out."
-        )
-
-
-def _check_others(folder, config):
-    """Raise ValueError if output_dir holds checkpoints that would be lost, or mixed with those to come."""
-    found = checkpoints(config.output_dir)
-    if config.resume == "auto" and found and not folder and not config.overwrite_output_dir:
-        raise ValueError(
-            f"--resume auto: no checkpoint in {config.output_dir} is whole. Choose another folder, or add "
-            "--overwrite_output_dir to delete them and begin anew."
-        )
-    if config.resume != "auto":
-        inside = folder.resolve().parent == Path(config.output_dir).resolve()
-        others = [path.name for path in found if not inside or step_of(path) > step_of(folder)]
-        if others:
-            raise ValueError(
-                f"--resume {folder}: --output_dir {config.output_dir} holds {', '.join(others[:5])}, of another "
-                "continuation. Go on from those with --resume auto, choose another folder, or move them away."
-            )
-
-
-def is_complete(folder, config, sampler):
-    """Whether a run that goes on from `folder` has no step to do; then rank 0 says so."""
-    progress = state.progress_in(folder / state.FOLDER)
-    total_steps = config.max_steps or sampler.total_steps(progress, config.num_train_epochs)
-    if progress.step < total_steps:
-        return False
-    dist.print_main(f"{folder}: all {total_steps} steps are done, this run is complete. Nothing was changed.")
-    return True
 
 
 def step_of(folder):

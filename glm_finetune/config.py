@@ -5,11 +5,55 @@ from dataclasses import dataclass
 from glm_finetune.flags import flag, unknown_choice
 
 DEFAULT_DS_FILE = "ds_zero2_no_offload.json"
+TEMPLATES = ("train", "official", "official_rounds")
+SHUFFLE_BUFFER = 10_000  # rows of a stream that are shuffled together
 MIN_PROMPT = 32  # tokens of a prompt in prediction, at least; fewer would cut every question to nothing
 
 
 @dataclass(kw_only=True)
-class TrainConfig:
+class DataFlags:
+    """How rows become samples: flags of train.py and of the data report."""
+
+    max_len: int = flag("tokens of a sample; longer answers are cut", 1024, "how rows become samples")
+    max_src_len: int = flag("tokens of what stands before an answer; more are cut, keeping the ending", 256)
+    is_skip: bool = flag("leave out samples that do not fit instead of cutting them", False)
+    truncation: str = flag(
+        "what of a long question is cut: its tail (as ChatGLM-Finetuning), head (the oldest rounds first) or middle; "
+        "or drop (leave the sample out, as --is_skip), error (stop)",
+        "tail",
+    )
+    end_cut_answers: bool = flag(
+        "train the end token also after an answer that was cut (ChatGLM-Finetuning did)", False
+    )
+    data_format: str | None = flag("format of the rows (data/README.md); default: told from their fields", None)
+    columns: str | None = flag("other names of fields in the files: instruction=question,output=reply", None)
+    prompt_text: str | None = flag("put before every text of the format text_answer", None)
+    template: str = flag(
+        "prompt to train with: train (ChatGLM-Finetuning's), official (the released model's chat), official_rounds "
+        "(its chat training scripts: ChatGLM-6B's first question is counted too)",
+        "train",
+    )
+    train_on: str = flag("answers of a conversation that are trained: all or last", "all")
+    on_bad_row: str = flag("stop at a bad row, or skip it and list it in a file", "stop")
+
+    def data_problems(self):
+        """Everything wrong with these flags, one line each."""
+        for name in ("max_len", "max_src_len"):
+            if getattr(self, name) <= 0:
+                yield f"--{name} {getattr(self, name)}: must be above 0."
+        for name, allowed in (
+            ("truncation", ("tail", "head", "middle", "drop", "error")),
+            ("template", TEMPLATES),
+            ("train_on", ("all", "last")),
+            ("on_bad_row", ("stop", "skip")),
+        ):
+            yield from unknown_choice(name, getattr(self, name), allowed)
+        if self.is_skip and self.truncation == "error":
+            yield "--is_skip leaves out what --truncation error stops at: give one of them."
+
+
+@dataclass(kw_only=True)
+class TrainConfig(DataFlags):
     """Flags of train.py. Names and defaults are ChatGLM-Finetuning's, except where its default could not run."""
 
     given = frozenset()  # names of the flags that were set; see `flags.parse`
@@ -20,11 +64,23 @@ class TrainConfig:
 
     mode: str = flag("glm (ChatGLM-6B), glm2 (ChatGLM2-6B, CodeGeeX2) or glm3 (ChatGLM3-6B)", "glm2", "model and data")
     model_name_or_path: str = flag("folder of the base checkpoint (config.json, weights, tokenizer)")
-    train_path: str = flag("training data: JSONL or a JSON array of instruction / input / output")
-    eval_path: str | None = flag("data to compute the loss on at every save, in the same format", None)
-    max_len: int = flag("tokens of a sample; longer answers are cut", 1024)
-    max_src_len: int = flag("tokens of a question; longer ones are cut, keeping their ending", 256)
-    is_skip: bool = flag("leave out samples that do not fit instead of cutting them", False)
+    train_path: str = flag(
+        "training data: files, folders or hf://owner/name, commas between them, weights behind (a.json:2,b.jsonl)"
+    )
+    eval_path: str | None = flag("data to compute the loss on at every save, in any of the same formats", None)
+
+    packing: bool = flag(
+        "lay the samples of a micro-batch end to end in rows of at most max_len tokens; samples do not see each other",
+        False,
+        "batches and large data",
+    )
+    group_by_length: bool = flag("batches of samples of similar length, for less padding", False)
+    cache_dir: str | None = flag("folder for prepared data; default: ~/.cache/glm_finetune", None)
+    overwrite_cache: bool = flag("prepare the data again although it lies prepared in cache_dir", False)
+    streaming: bool = flag("prepare nothing: read and tokenize each row of JSON lines when it is its turn", False)
+    shuffle_buffer: int | None = flag(
+        f"with --streaming: shuffle within so many consecutive rows; default: {SHUFFLE_BUFFER}", None
+    )
 
     output_dir: str = flag("folder for checkpoints, logs and TensorBoard files", group="output and resuming")
     overwrite_output_dir: bool = flag("start although output_dir holds results; they are deleted", False)
@@ -96,9 +152,8 @@ class TrainConfig:
 
     def problems(self):
         """Everything wrong with the numbers and names, one line each."""
+        yield from self.data_problems()
         positive = (
-            "max_len",
-            "max_src_len",
             "lora_dim",
             "pre_seq_len",
             "per_device_train_batch_size",
@@ -108,6 +163,7 @@ class TrainConfig:
             "show_loss_step",
             "save_model_step",
             "save_total_limit",
+            "shuffle_buffer",
             "learning_rate",
             "lora_alpha",
             "loraplus_ratio",
@@ -132,6 +188,7 @@ class TrainConfig:
             if value is not None and not value.strip(", "):
                 yield f"--{name} {value!r}: names nothing. Give names with commas between them, or leave the flag out."
         yield from bad_seed(self.seed)
+        yield from conflicting_data_flags(self)
         for name, allowed in (
             ("lr_scheduler", ("linear", "cosine", "constant")),
             ("device", ("cuda", "cpu")),
@@ -168,14 +225,18 @@ class PredictConfig:
     ori_model_dir: str | None = flag("base of an adapter; default: the one recorded with it", None)
     instruction: str | None = flag("ask this one question", None)
     input: str = flag("appended to --instruction", "")
-    test_path: str | None = flag("answer every row of this file (instruction / input, and output to score)", None)
+    test_path: str | None = flag("answer every row of these files, in any format of the training data", None)
     output_path: str | None = flag(
         "where the answers go, one JSON line each; default: <model_path>/predictions.jsonl", None
     )
     chat: bool = flag("talk to the model in the terminal", False)
+    data_format: str | None = flag("format of the rows (data/README.md); default: told from their fields", None)
+    columns: str | None = flag("other names of fields in the file: instruction=question,output=reply", None)
+    prompt_text: str | None = flag("put before every text of the format text_answer; default: as in training", None)
+    truncation: str = flag("what of a long question is cut: tail, head (the oldest rounds first) or middle", "tail")
     template: str | None = flag(
-        "train (the prompt of fine-tuning) or official (the released model's chat); default: train "
-        "for what was trained here, official for a bare base",
+        "train, official (the released model's chat) or official_rounds (its chat training); default: that of the "
+        "training for what was trained here, official for a bare base",
         None,
     )
     batch_size: int = flag("rows answered together", 8)
@@ -205,11 +266,46 @@ class PredictConfig:
             )
         yield from bad_seed(self.seed)
         yield from unknown_choice("precision", self.precision, ("bf16", "fp16", "fp32"))
-        yield from unknown_choice("template", self.template, ("train", "official"))
+        yield from unknown_choice("template", self.template, TEMPLATES)
+        yield from unknown_choice("truncation", self.truncation, ("tail", "head", "middle"))
         if sum((self.chat, self.test_path is not None, self.instruction is not None)) != 1:
             yield "give exactly one of --instruction TEXT, --test_path FILE and --chat."
         if self.input and self.instruction is None:
             yield "--input goes with --instruction only."
+
+
+@dataclass(kw_only=True)
+class ReportConfig(DataFlags):
+    """Flags of python -m glm_finetune.data."""
+
+    train_path: str = flag("the data; may be given without its flag", group="report")
+    mode: str = flag("glm, glm2 or glm3", "glm2")
+    model_name_or_path: str = flag("folder with the tokenizer; no weights are read")
+    preview: int = flag("samples to show, targets marked", 0)
+    output_path: str = flag("where the histogram of lengths goes", "lengths.png")
+    bad_rows_path: str = flag("with --on_bad_row skip: where the bad rows are listed", "bad_rows.txt")
+
+    def problems(self):
+        yield from self.data_problems()
+        if self.preview < 0:
+            yield f"--preview {self.preview}: must not be negative."
+        if not self.output_path.lower().endswith(".png"):
+            yield f"--output_path {self.output_path}: must end in .png."
+
+
+def conflicting_data_flags(config):
+    """Yield a problem for each pair of flags of which one would go unheard."""
+    for first, second, why in (
+        ("streaming", "overwrite_cache", "a stream prepares nothing"),
+        ("streaming", "group_by_length", "a stream does not know the lengths"),
+        ("packing", "group_by_length", "packed rows have next to no padding, whatever the lengths"),
+    ):
+        if getattr(config, first) and getattr(config, second):
+            yield f"--{second} goes without --{first}: {why}. Leave one of them out."
+    if config.streaming and config.on_bad_row == "skip":
+        yield "--on_bad_row skip goes without --streaming: a stream does not know its bad rows beforehand."
+    if config.shuffle_buffer and not config.streaming:
+        yield "--shuffle_buffer goes with --streaming only: prepared data is shuffled as a whole."
 
 
 def bad_seed(seed):

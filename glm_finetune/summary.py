@@ -44,6 +44,7 @@ def start_lines(
         f"parameters  {describe_parameters(model)}",
         f"data        {config.train_path}: {rows.report}",
     ]
+    lines += [f"            {hint}" for hint in rows.report.hints()]
     if eval_rows is not None:
         lines.append(f"evaluation  {config.eval_path}: {eval_rows.report}")
     warmup = num_warmup_steps(config.warmup_ratio, config.warmup_steps, total_steps)

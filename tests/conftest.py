@@ -1,15 +1,24 @@
 """Fixtures: one tiny checkpoint of each mode for the whole session, and small data files."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from glm_finetune import MODE
-from tests.ranks import Job, train_arguments
+from tests.ranks import Job, run_ranks, train_arguments
 from tests.tiny import make_checkpoint
 
 DATA = Path(__file__).parents[1] / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory):
+    """Prepared data of runs that do not say where goes here, in this process and those it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +58,12 @@ def pytest_collection_modifyitems(config, items):
         left_out = [item for item, marker in cells if marker and not marker.kwargs["always"]]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
+
+
+@pytest.fixture
+def fork_server():
+    """The server that tests of ranks use: the first to start it decides what it has imported."""
+    run_ranks(os.getpid, 1)
 
 
 def pytest_terminal_summary(terminalreporter):

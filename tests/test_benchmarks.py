@@ -49,3 +49,9 @@ def test_checkpoint_sizes_are_those_of_the_papers_arithmetic():
     assert lines["lora"][0] == f"{28 * 8 * (4096 + 4608):,}"  # rank 8 beside 28 query_key_value of 4096 -> 4608
     assert lines["ptuning 2, flat"][0] == f"{16 * 28 * 2 * 2 * 128:,}"  # tokens, layers, key and value, 2 heads of 128
     assert lines["all"][0] == f"{6_243_584_000:,}"
+
+
+@pytest.mark.slow
+def test_data_finds_the_rows_of_the_original_and_reports_figures():
+    report = json.loads(benchmark("data", "--quick"))
+    assert set(report) == {"machine", "vocabulary", "preparation", "batches", "sizes"}

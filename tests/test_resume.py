@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from glm_finetune.checkpoint import checkpoints as checkpoints_in
-from glm_finetune.checkpoint import damage, find_resume, write_manifest
+from glm_finetune.checkpoint import damage, write_manifest
+from glm_finetune.resume import find_resume
 from glm_finetune.tuning import TRAIN_TYPE
 from tests.ranks import run_ranks, train_arguments, train_main
 from tests.test_training import assert_close, run

@@ -20,7 +20,7 @@ LEVELS = (
     ("config", "flags", "dist", "exits", "optim", "loss", "weights", "metrics"),
     ("models", "tuning"),
     ("data", "modes"),
-    ("build", "checkpoint", "chat", "engine", "tracker", "ds_config", "state", "summary", "guard"),
+    ("build", "checkpoint", "chat", "engine", "tracker", "ds_config", "state", "summary", "guard", "resume"),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 

@@ -1,132 +1,141 @@
-"""Messages -> token rows -> batches. Every rank holds the whole data set; `sampler` says which rows are whose.
+"""Data sets, and their rows -> batches. Every rank sees the whole data set; `sampler` says which rows are whose.
 
 The batch contract, which every model reads (B rows, T tokens, right-padded):
   input_ids (B, T), labels (B, T) with -100 where there is no target, position_ids (B, T) or (B, 2, T),
   target_index (N,): see `loss.target_index`; and, only where causal attention is not enough,
-  segment_ids (B, T), -1 = padding, and is_prefix (B, T) bool: see `models.layers.visible`.
+  segment_ids (B, T), -1 = padding, and is_prefix (B, T) bool: see `models.layers.visible`; or, where causal attention
+  within samples is enough, segment_bounds (S + 1,) int32: see `models.layers.Segments`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
-from tqdm import tqdm
+import torch.nn.functional as F
 
-from glm_finetune.data.formats import instruction_messages, read_rows
+from glm_finetune.data.cache import prepared
+from glm_finetune.data.files import list_sources
+from glm_finetune.data.packing import best_fit
+from glm_finetune.data.prepare import in_memory
+from glm_finetune.data.report import NUM_SHOWN
+from glm_finetune.data.samples import Settings, check_limits
+from glm_finetune.data.stream import Stream
 from glm_finetune.loss import IGNORE, target_index
 from glm_finetune.modes.spec import Limits
 
 
-@dataclass
-class Report:
-    """What became of the rows of a file."""
-
-    rows: int = 0
-    kept: int = 0
-    question_cut: int = 0
-    answer_cut: int = 0
-    skipped: int = 0  # cut, and left out because of --is_skip
-    answer_empty: int = 0
-    tokens: int = 0
-    targets: int = 0
-    longest: int = 0
-
-    def __str__(self):
-        return ", ".join(f"{field.name} {getattr(self, field.name):,}" for field in fields(self))
-
-
 class InstructionDataset(Sequence):
-    """Rows of instruction / input / output, rendered by a mode. `report` counts what was cut, skipped or empty."""
+    """The samples of files: {"input_ids", "labels", "num_prefix"} of lists. `report` says what became of the rows,
+    `where(i)` which row sample i is from.
+    """
 
-    def __init__(
-        self,
-        render,
-        question_tail,
-        overhead,
-        path,
-        tokenizer,
-        max_len=1024,
-        max_src_len=256,
-        is_skip=False,
-        progress=False,
-    ):
-        """path: JSONL or a JSON array. max_len, max_src_len: tokens of a sample, of its question. is_skip: leave out
-        rows that do not fit instead of cutting them. progress: show a bar.
+    def __init__(self, path, settings, progress=False, cache_dir=None, overwrite_cache=False, window=None):
+        """path: see `files.list_sources`. settings: `samples.settings_of`.
 
-        Raises ValueError for limits that leave no room, a bad line (file, line, field), or no row left.
+        cache_dir: prepare the samples there, or find them there (see `cache`); None: prepare them here, in memory, in
+        this process. progress: show a bar while that is done. window: prepare nothing, render a row when it is asked
+        for, best in windows of so many consecutive rows (see `stream`).
+        Raises ValueError for a bad row (file, line, field), or if no row is left; with a window when it is its turn.
         """
-        check_limits(max_len, max_src_len, question_tail, overhead)
-        self.report, self.rows, self.places, limits = Report(), [], [], Limits(max_len, max_src_len)
-        for where, row in tqdm(read_rows(path), desc=f"tokenize {path}", unit=" rows", disable=not progress):
-            messages = instruction_messages(row, where)
-            self._add(where, render(tokenizer, messages, limits), is_skip, empty=not messages[-1]["content"])
-        if not self.rows:
+        sources = list_sources(path)
+        if window:
+            self.rows = Stream(sources, settings, window, cache_dir)
+        elif cache_dir:
+            self.rows = PreparedRows(sources, prepared(sources, settings, cache_dir, overwrite_cache, progress))
+        else:
+            self.rows = PreparedRows(sources, in_memory(sources, settings, progress))
+        self.sources, self.report = sources, self.rows.report
+        if not len(self):
+            bad = "".join(f"\n{problem}" for problem in self.report.bad[:NUM_SHOWN])
             raise ValueError(
                 f"{path}: no row left to train on ({self.report}). Raise --max_len and --max_src_len, or "
-                "leave out --is_skip."
+                f"leave out --is_skip.{bad}"
             )
-
-    def where(self, index):
-        """File and line that a row came from, as text."""
-        return self.places[index]
-
-    def _add(self, where, rendered, is_skip, empty):
-        report = self.report
-        report.rows += 1
-        report.question_cut += rendered.source_cut
-        report.answer_cut += rendered.target_cut
-        report.answer_empty += empty
-        if is_skip and (rendered.source_cut or rendered.target_cut):
-            report.skipped += 1
-            return
-        report.kept += 1
-        report.tokens += len(rendered.input_ids)
-        report.targets += sum(label != IGNORE for label in rendered.labels)
-        report.longest = max(report.longest, len(rendered.input_ids))
-        self.places.append(where)
-        self.rows.append(
-            {"input_ids": rendered.input_ids, "labels": rendered.labels, "num_prefix": rendered.num_prefix}
-        )
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, index):
-        return self.rows[index]
+        if isinstance(index, slice):
+            return [self.rows[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return self.rows[index % len(self)]
+
+    def where(self, index):
+        """File and line that a sample is from."""
+        return self.rows.where(index)
+
+    def lengths(self):
+        """(N,) int64: tokens of each row. Not for streams, which do not know."""
+        return self.rows.lengths()
 
 
-def check_limits(max_len, max_src_len, question_tail, overhead):
-    """Raise ValueError unless a question of max_src_len tokens fits into max_len, and its ending into max_src_len."""
-    if max_src_len >= max_len:
-        raise ValueError(f"--max_src_len {max_src_len} must be below --max_len {max_len}: the answer needs room too.")
-    if max_src_len + overhead > max_len:
-        raise ValueError(
-            f"--max_len {max_len} leaves no room for an answer after --max_src_len {max_src_len} and the "
-            f"{overhead} special tokens of this mode: use --max_len {max_src_len + overhead + 1} or more."
-        )
-    if max_src_len < max(1, question_tail):
-        raise ValueError(
-            f"--max_src_len {max_src_len} is too small: the ending of a question alone is {question_tail}."
-        )
+class PreparedRows:
+    """`prepare.Samples` as rows; what is memory-mapped is read when a row is asked for."""
+
+    def __init__(self, sources, samples):
+        self.sources, self.columns, self.report = sources, samples.columns, samples.report
+
+    def __len__(self):
+        return len(self.columns["index"])
+
+    def __getitem__(self, index):
+        columns, ends, sample = self.columns, self.columns["ends"], int(self.columns["index"][index])
+        place = slice(int(ends[sample - 1]) if sample else 0, int(ends[sample]))
+        ids = columns["input_ids"][place]
+        labels = np.where(columns["is_target"][place], ids, IGNORE)
+        return {
+            "input_ids": ids.tolist(),
+            "labels": labels.tolist(),
+            "num_prefix": int(columns["num_prefix"][sample]),
+        }
+
+    def where(self, index):
+        sample = self.columns["index"][index]
+        return self.sources[self.columns["sources"][sample]].where(self.columns["numbers"][sample])
+
+    def lengths(self):
+        return np.diff(self.columns["ends"], prepend=0)[self.columns["index"]]
 
 
-def collate(rows, pad_token_id, positions):
+def original_dataset(
+    samples, question_tail, overhead, path, tokenizer, max_len=1024, max_src_len=256, is_skip=False, progress=False
+):
+    """Mode.dataset: the data set as ChatGLM-Finetuning makes it, an end token after cut answers included.
+
+    max_len, max_src_len: tokens of a sample, of its question. is_skip: leave out rows that do not fit instead of
+    cutting them. Raises ValueError for limits that leave no room, and as InstructionDataset.
+    """
+    check_limits(max_len, max_src_len, question_tail, overhead)
+    settings = Settings(samples, tokenizer, Limits(max_len, max_src_len), too_long="drop" if is_skip else "cut")
+    return InstructionDataset(path, settings, progress)
+
+
+def collate(rows, pad_token_id, positions, max_len=None):
     """Rows of `InstructionDataset` -> a batch (see the top), padded on the right to the longest row.
 
-    positions: Mode.positions. What the model can do without is left out, so that causal modes build no mask.
+    positions: Mode.positions. max_len: None = a row of the batch for each row of data; otherwise samples are packed,
+    laid end to end in as few rows of at most `max_len` tokens as best-fit finds; attention, positions and loss of a
+    sample are the same either way. What the model can do without is left out, so that causal modes build no mask.
     """
-    width = max(len(row["input_ids"]) for row in rows)
-    input_ids = torch.full((len(rows), width), pad_token_id)
-    labels = torch.full((len(rows), width), IGNORE)
-    segment_ids = torch.full((len(rows), width), -1)
-    is_prefix = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        length = len(row["input_ids"])
-        input_ids[i, :length] = torch.tensor(row["input_ids"])
-        labels[i, :length] = torch.tensor(row["labels"])
-        segment_ids[i, :length] = 0
-        is_prefix[i, : row["num_prefix"]] = True
-    position_ids = torch.stack([positions(width, row["num_prefix"]) for row in rows])
+    lengths = [len(row["input_ids"]) for row in rows]
+    bins = [[i] for i in range(len(rows))] if max_len is None else best_fit(lengths, max_len)
+    width = max(sum(lengths[i] for i in packed) for packed in bins)
+    input_ids = torch.full((len(bins), width), pad_token_id)
+    labels = torch.full((len(bins), width), IGNORE)
+    segment_ids = torch.full((len(bins), width), -1)
+    is_prefix = torch.zeros(len(bins), width, dtype=torch.bool)
+    position_ids = torch.stack([packed_positions([rows[i] for i in packed], positions, width) for packed in bins])
+    for b, packed in enumerate(bins):
+        start = 0
+        for segment, row in enumerate(rows[i] for i in packed):
+            end = start + len(row["input_ids"])
+            input_ids[b, start:end] = torch.tensor(row["input_ids"])
+            labels[b, start + 1 : end] = torch.tensor(row["labels"][1:])  # nothing predicts a sample's first token
+            segment_ids[b, start:end] = segment
+            is_prefix[b, start : start + row["num_prefix"]] = True
+            start = end
     batch = {
         "input_ids": input_ids,
         "labels": labels,
@@ -135,7 +144,21 @@ def collate(rows, pad_token_id, positions):
     }
     if is_prefix.any():
         batch |= {"segment_ids": segment_ids, "is_prefix": is_prefix}
+    elif len(bins) < len(rows):
+        batch["segment_bounds"] = segment_bounds(segment_ids)
     return batch
+
+
+def packed_positions(rows, positions, width):
+    """(width,) or (2, width) int64: each sample's own positions, 0 for padding."""
+    joined = torch.cat([positions(len(row["input_ids"]), row["num_prefix"]) for row in rows], -1)
+    return F.pad(joined, (0, width - joined.shape[-1]))
+
+
+def segment_bounds(segment_ids):
+    """Where segments (padding is one too) begin in the flattened rows, and their end. (B, T) -> (S + 1,) int32."""
+    begins = F.pad(segment_ids.diff(dim=1) != 0, (1, 0), value=True)
+    return F.pad(begins.flatten().nonzero()[:, 0], (0, 1), value=segment_ids.numel()).int()
 
 
 def without_targets(row):

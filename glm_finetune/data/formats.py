@@ -1,73 +1,197 @@
-"""Files -> rows -> messages. One row format for now: instruction / input / output.
+"""Rows -> messages: one small record for each format. A new one is a function and a line in FORMATS.
 
-for where, row in read_rows("data/spo_0.json"):
-    messages = instruction_messages(row, where)
+    form = detect(rows)                              # or FORMATS["question_answer"]
+    messages = form.messages(row, prompt_text="")    # checked: see conversation.check_order
+
+What a row of each format looks like is in data/README.md.
 """
 
-import json
-import re
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
-INSTRUCTION_FIELDS = ("instruction", "input", "output")
+from glm_finetune.config import unknown_choice
+from glm_finetune.data.conversation import (
+    check_order,
+    from_roles,
+    from_speakers,
+    list_of,
+    messages_of,
+    text_of,
+    tools_of,
+)
+
+NUM_DETECTED = 20  # rows that are looked at to tell the format
 
 
-def read_rows(path):
-    """Yield (where, object) of a JSONL file or a JSON array; where: file and line, or entry, for messages.
+@dataclass(frozen=True)
+class Format:
+    """fields: must be in every row. answer: one more, which prediction can do without. optional: read where given.
 
-    Raises ValueError naming the file and the line: not there, empty, not UTF-8, not JSON, not an object.
+    convert(row) -> messages; a last assistant message only where the row has an answer. takes_prompt: it has a further
+    argument, the one prompt of all rows.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 (byte {error.start}). Convert it, e.g. iconv -f GBK -t UTF-8.") from None
-    if not text.strip():
-        raise ValueError(f"{path}: the file is empty.")
-    is_array = text.lstrip().startswith("[")
-    for number, row in _array(text, path) if is_array else _lines(text, path):
-        where = f"{path}, {'entry' if is_array else 'line'} {number}"
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: expected an object, found {row!r:.60}.")
-        yield where, row
+
+    name: str
+    fields: tuple
+    answer: str | None
+    convert: Callable
+    optional: tuple = ()
+    takes_prompt: bool = False
+    entry_field: str | None = None  # of the entries in the one list field, where two formats share its name
+
+    def fits(self, row, needs_answer=True):
+        """Whether a row has the fields of this format; what is in them is looked at later."""
+        needed = (*self.fields, *([self.answer] if self.answer and needs_answer else []))
+        if any(name not in row for name in needed):
+            return False
+        entries = row[self.fields[0]]
+        if not self.entry_field or not isinstance(entries, list) or not entries or not isinstance(entries[0], dict):
+            return self.entry_field != "from"  # nothing to tell them apart: role / content
+        return ("from" in entries[0]) == (self.entry_field == "from")
+
+    def messages(self, row, prompt_text="", needs_answer=True):
+        """Messages of a row. Raises ValueError with the problem: field, what it is, what to do."""
+        messages = self.convert(row, prompt_text) if self.takes_prompt else self.convert(row)
+        if messages[:1] and messages[0]["role"] == "text":
+            return messages if needs_answer else [{**messages[0], "role": "user"}]
+        if needs_answer and self.answer and messages[-1]["role"] != "assistant":
+            text_of(row, self.answer)
+        check_order(messages, needs_answer)
+        return messages
 
 
-def _array(text, path):
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg}).") from None
-    if not rows:
-        raise ValueError(f"{path}: the array is empty.")
-    yield from enumerate(rows, 1)
-
-
-def _lines(text, path):
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error.msg}): {line[:60]!r}") from None
-            yield number, row
-
-
-def instruction_messages(row, where, needs_output=True):
-    """instruction / input / output -> user and assistant messages; the question is both texts with nothing between.
-
-    needs_output: without it a row may lack `output` (prediction), and has then no assistant message.
-    Raises ValueError naming `where`, the field, and the fields found.
-    """
-    for name in INSTRUCTION_FIELDS:
-        if name == "output" and not needs_output and name not in row:
-            continue
-        if not isinstance(row.get(name), str):
-            problem = f"is {row[name]!r:.40}, not a string" if name in row else "is missing"
-            raise ValueError(f"{where}: field {name!r} {problem}; the fields found are {sorted(row)}.")
-        if half := re.search("[\ud800-\udfff]", row[name]):
-            raise ValueError(f"{where}: field {name!r} has {half[0]!r}, half of a character, at {half.start()}.")
-    messages = [{"role": "user", "content": row["instruction"] + row["input"]}]
-    if "output" in row:
-        messages.append({"role": "assistant", "content": row["output"]})
+def pair(fields, answer, row, prompt_text=""):
+    """One question, the texts of `fields` with nothing between them, and its answer."""
+    messages = [{"role": "user", "content": prompt_text + "".join(text_of(row, name) for name in fields)}]
+    if answer in row:
+        messages.append({"role": "assistant", "content": text_of(row, answer)})
     return messages
+
+
+def with_history(row):
+    """prompt / response after a history of [question, answer] pairs, as in the official chat training."""
+    messages = []
+    for i, turn in enumerate(list_of(row, "history") if row.get("history") not in (None, "") else [], 1):
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise ValueError(f"field 'history', round {i}: expected [question, answer], found {turn!r:.60}.")
+        question, answer = ({"text": text} for text in turn)
+        try:
+            messages += [{"role": "user", "content": text_of(question, "text")}]
+            messages += [{"role": "assistant", "content": text_of(answer, "text")}]
+        except ValueError as error:
+            raise ValueError(f"field 'history', round {i}: {error}") from None
+    return messages + pair(("prompt",), "response", row)
+
+
+def conversation(field, convert, row):
+    """A list of messages, with tools where the row has them, and a system text beside it where it has one."""
+    entries = list_of(row, field)
+    messages = messages_of(entries, convert, tools_of(row), field)
+    if row.get("system"):
+        at = 1 if messages and "tools" in messages[0] else 0
+        messages.insert(at, {"role": "system", "content": text_of(row, "system")})
+    return messages
+
+
+def plain_text(row):
+    """Text to continue training on, with no question. A row with an answer is in the wrong file: it would be lost."""
+    if row.get("answer") is not None:
+        raise ValueError("field 'answer' stands beside 'text': one file is text alone, or text and answer.")
+    return [{"role": "text", "content": text_of(row, "text")}]
+
+
+def _pair(name, fields, answer, takes_prompt=False):
+    return Format(name, fields, answer, partial(pair, fields, answer), takes_prompt=takes_prompt)
+
+
+def _conversation(name, field, convert, entry_field):
+    return Format(name, (field,), None, partial(conversation, field, convert), ("tools", "system"), False, entry_field)
+
+
+FORMATS = {
+    form.name: form
+    for form in (
+        _pair("instruction", ("instruction", "input"), "output"),
+        _pair("advertisegen", ("content",), "summary"),
+        _pair("question_answer", ("question",), "answer"),
+        _pair("context_target", ("context",), "target"),
+        _pair("text_answer", ("text",), "answer", takes_prompt=True),
+        Format("prompt_response", ("prompt",), "response", with_history, optional=("history",)),
+        _conversation("conversations", "conversations", from_roles, "role"),
+        _conversation("sharegpt", "conversations", from_speakers, "from"),
+        _conversation("messages", "messages", from_roles, None),
+        Format("text", ("text",), None, plain_text),
+    )
+}
+
+
+def named(name):
+    """The format of --data_format. Raises ValueError with the nearest name."""
+    for problem in unknown_choice("data_format", name, tuple(FORMATS)):
+        raise ValueError(problem)
+    return FORMATS[name]
+
+
+def fitting(row, needs_answer=True):
+    """Formats whose fields a row has, without those that need only a part of another's fields."""
+    found = [form for form in FORMATS.values() if form.fits(row, needs_answer)]
+    needed = {form.name: {*form.fields, form.answer} - {None} for form in found}
+    return [form for form in found if not any(needed[form.name] < other for other in needed.values())]
+
+
+def detect(rows, needs_answer=True):
+    """The format that most of `rows` (objects) have; without needs_answer also if none of them has an answer.
+
+    Of two that as many have, the first row's.
+
+    Raises ValueError if they have none (naming the nearest and what it lacks) or could be two.
+    """
+    votes = Counter(form.name for row in rows for form in fitting(row))
+    if not needs_answer and votes.keys() <= {"text", "text_answer"}:
+        votes = Counter(form.name for row in rows for form in fitting(row, needs_answer))
+    if not votes:
+        raise ValueError(f"{_nearest(rows[0])} Name other columns with --columns field=column.")
+    best = [name for name, count in votes.items() if count == max(votes.values())]
+    first = [form.name for form in fitting(rows[0], needs_answer)]
+    best = [name for name in best if name in first] or best
+    if len(best) > 1:
+        raise ValueError(f"its fields {sorted(map(str, rows[0]))} could be {' or '.join(best)}: say --data_format.")
+    return FORMATS[best[0]]
+
+
+def _nearest(row):
+    """Why a row has no format: the one with most of its fields, and those it lacks."""
+    fields = {form: [*form.fields, *([form.answer] if form.answer else [])] for form in FORMATS.values()}
+    form = max(fields, key=lambda form: sum(name in row for name in fields[form]) / len(fields[form]))
+    lacks = [name for name in fields[form] if name not in row]
+    if len(lacks) == len(fields[form]):
+        return f"the fields {sorted(map(str, row))} are no known format ({', '.join(FORMATS)})."
+    field = " and ".join(map(repr, lacks))
+    return f"field {field} is missing for the format {form.name}; the fields found are {sorted(map(str, row))}."
+
+
+def parse_columns(text):
+    """ "instruction=question,output=reply" -> {"instruction": "question", "output": "reply"}; None -> {}.
+
+    Raises ValueError for another form or a field that no format has.
+    """
+    known = {name for form in FORMATS.values() for name in (*form.fields, form.answer, *form.optional)} - {None}
+    columns = {}
+    for part in filter(None, (text or "").split(",")):
+        name, equals, column = part.partition("=")
+        if not equals or not column or name not in known or name in columns:
+            fields = ", ".join(sorted(known))
+            raise ValueError(f"--columns {text}: {part!r} must be FIELD=COLUMN, each field once, of {fields}.")
+        columns[name] = column
+    return columns
+
+
+def renamed(row, columns):
+    """The row with its columns under the names of the format's fields; what had such a name before is hidden."""
+    if not columns:
+        return row
+    hidden = {*columns, *columns.values()}
+    kept = {name: value for name, value in row.items() if name not in hidden}
+    return kept | {name: row[column] for name, column in columns.items() if column in row}

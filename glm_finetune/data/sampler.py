@@ -2,6 +2,7 @@
 
 An optimizer step takes `micro_batch_size * num_accumulate * world_size` rows of the epoch's order. The last step of an
 epoch takes what is left, spread evenly; a micro-batch may then be empty, and its rank joins with a row without targets.
+With lengths the rows of a step are dealt out by length, the longest micro-batches of all ranks at the same time.
 
     sampler = StepSampler(len(dataset), micro_batch_size=2, num_accumulate=4, world_size=2, seed=1234)
     sampler.micro_batches(Progress(step=0, epoch=0, rows=0), rank=1)  # -> 4 lists of row numbers
@@ -10,7 +11,9 @@ epoch takes what is left, spread evenly; a micro-batch may then be empty, and it
 import math
 from dataclasses import dataclass
 
-import torch
+import numpy as np
+
+from glm_finetune.data.order import by_length, in_windows, shuffled
 
 
 @dataclass
@@ -25,8 +28,12 @@ class Progress:
 class StepSampler:
     """Every row once in an epoch, for every number of ranks; the same rows in a step however it is split."""
 
-    def __init__(self, num_rows, micro_batch_size, num_accumulate, world_size, seed, shuffle=True):
+    def __init__(
+        self, num_rows, micro_batch_size, num_accumulate, world_size, seed, shuffle=True, lengths=None, window=None
+    ):
+        """lengths: (N,) tokens of each row, to group by. window: shuffle within so many consecutive rows."""
         self.num_rows, self.seed, self.shuffle = num_rows, seed, shuffle
+        self.lengths, self.window = lengths, window
         self.num_accumulate, self.world_size = num_accumulate, world_size
         self.rows_per_step = micro_batch_size * num_accumulate * world_size
         self.steps_per_epoch = math.ceil(num_rows / self.rows_per_step)
@@ -47,17 +54,24 @@ class StepSampler:
         progress.epoch, progress.rows = progress.epoch + 1, 0
         return True
 
-    def order(self, epoch):
-        """The rows of an epoch as a list, shuffled by (seed, epoch)."""
+    def order(self, epoch, start=0, end=None):
+        """Places [start, end) of the order of an epoch, as a list of row numbers."""
+        end = self.num_rows if end is None else min(end, self.num_rows)
+        if self.window and self.shuffle:
+            return in_windows(self.num_rows, self.window, self.seed, epoch, start, end).tolist()
         if self._order_of != epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            rows = torch.randperm(self.num_rows, generator=generator) if self.shuffle else torch.arange(self.num_rows)
-            self._order_of, self._order = epoch, rows.tolist()
-        return self._order
+            self._order_of, self._order = epoch, self._whole_order(epoch)
+        return self._order[start:end].tolist()
+
+    def _whole_order(self, epoch):
+        rows = shuffled(self.num_rows, self.seed, epoch) if self.shuffle else np.arange(self.num_rows)
+        return rows if self.lengths is None else by_length(rows, self.lengths, self.seed, epoch)
 
     def micro_batches(self, progress, rank):
         """Row numbers of the `num_accumulate` micro-batches of one rank in the step after `progress`."""
-        rows = self.order(progress.epoch)[progress.rows : progress.rows + self.rows_per_step]
+        rows = self.order(progress.epoch, progress.rows, progress.rows + self.rows_per_step)
+        if self.lengths is not None:
+            rows.sort(key=self.lengths.__getitem__)
         num_slots = self.num_accumulate * self.world_size
         bounds = [len(rows) * i // num_slots for i in range(num_slots + 1)]
         slots = [rows[start:end] for start, end in zip(bounds, bounds[1:])]

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from glm_finetune import weights
-from glm_finetune.models.layers import PromptEncoder, head_loss, with_prefix_columns
+from glm_finetune.models.layers import PromptEncoder, Segments, head_loss, with_prefix_columns
 from glm_finetune.weights import DTYPE_NAMES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -129,13 +129,16 @@ class OriginalModel(PreTrainedModel, GenerationMixin):
     def with_prompt(self, embedded, position_ids, mask, num_past):
         """Put the prompt of P-Tuning v1, if there is one, in front of the text, whose positions move up.
 
-        embedded: (B, T, D), position_ids: (B or 1, [2,] T), mask: (B, 1, T, S) or None; num_past: text tokens in the
-        cache, behind the prompt when there are any. The prompt is causal in itself and does not see the text, so that
-        it is the same for every sample. Returns the three for P + T tokens.
+        embedded: (B, T, D), position_ids: (B or 1, [2,] T), mask: (B, 1, T, S), Segments or None; num_past: text tokens
+        in the cache, behind the prompt when there are any. The prompt is causal in itself and does not see the text, so
+        that it is the same for every sample, also for those that share a row and so share its prompt. Returns the three
+        for P + T tokens.
         """
         num_prompt = self.config.prompt_len or 0
         if not num_prompt:
             return embedded, position_ids, mask
+        if isinstance(mask, Segments):  # each of them would need a prompt in front of it, not the row one
+            mask = mask.as_mask(embedded.shape[0])
         mask = with_prefix_columns(mask, num_prompt)
         place = torch.arange(num_prompt, device=embedded.device)
         if position_ids.dim() == 3:  # ChatGLM-6B's second position counts from <sop>

@@ -18,6 +18,7 @@ from glm_finetune.models.base import OriginalConfig, OriginalModel, new_dropout
 from glm_finetune.models.layers import (
     LanguageModelHead,
     PrefixEncoder,
+    Segments,
     attend,
     prefix_keys_values,
     rotary_angles,
@@ -273,6 +274,7 @@ class ChatGLM2ForConditionalGeneration(OriginalModel):
         logits_to_keep=0,
         segment_ids=None,
         is_prefix=None,
+        segment_bounds=None,
         target_index=None,
         num_targets=None,
         return_logits=None,
@@ -284,6 +286,7 @@ class ChatGLM2ForConditionalGeneration(OriginalModel):
 
         input_ids: (B, T) int64, or inputs_embeds: (B, T, D). attention_mask: (B, S) 1 = token, 0 = padding.
         segment_ids: (B, S) int64 (-1 padding) and is_prefix: (B, S) bool replace attention_mask: see `layers.visible`.
+        segment_bounds: (N + 1,) int32, samples end to end in a row, causal within each: see `layers.Segments`.
         Without any of these attention is causal and no mask is built, which is right for padding on the right too.
         position_ids: (B, T) int64; default: counted on from the cache.
         labels: (B, T) int64, not shifted, -100 = not a target; target_index, num_targets: see `layers.head_loss`.
@@ -299,6 +302,7 @@ class ChatGLM2ForConditionalGeneration(OriginalModel):
         if segment_ids is None and attention_mask is not None:
             segment_ids = attention_mask.long() - 1
         mask = None if segment_ids is None else visible(segment_ids, is_prefix, num_tokens)
+        mask = mask if segment_bounds is None else Segments(segment_bounds)
         mask = with_prefix_columns(mask, self.config.pre_seq_len or 0)
         embedded, position_ids, mask = self.with_prompt(embedded, position_ids, mask, num_past)
         hidden = self.transformer(embedded, position_ids, mask, past_key_values)[:, -num_tokens:]

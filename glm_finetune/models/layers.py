@@ -6,10 +6,13 @@ Dimension letters: B batch, T query tokens, S key tokens, P prefix tokens, D hid
 size, V vocabulary, L layers.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
 
 from glm_finetune.loss import target_index, token_loss_sum, wrapped_head_loss_sum
 
@@ -30,18 +33,41 @@ def visible(segment_ids, is_prefix, num_queries):
     return (sees & same_segment)[:, None]
 
 
+@dataclass(frozen=True)
+class Segments:
+    """Stands for a mask where attention is causal within segments, so that none is built.
+
+    bounds: (N + 1,) int32, where each segment begins in the B * T tokens laid end to end, and B * T. Every token is in
+    a segment (padding in one of its own), none goes over the end of a row.
+    """
+
+    bounds: torch.Tensor
+
+    def as_mask(self, num_rows):
+        """The (B, 1, T, T) bool mask that it stands for."""
+        num_tokens = self.bounds[-1]  # CPU-GPU sync
+        place = torch.arange(num_tokens, device=self.bounds.device)
+        ids = torch.searchsorted(self.bounds, place, right=True).view(num_rows, -1)  # (B, T)
+        return visible(ids, None, ids.shape[1])
+
+
 def with_prefix_columns(mask, num_prefix):
-    """Put `num_prefix` columns that everyone sees in front of a mask. mask: (B, 1, T, S) bool, or None = causal."""
-    return F.pad(mask, (num_prefix, 0), value=True) if num_prefix and mask is not None else mask
+    """Put `num_prefix` columns that everyone sees in front of a mask. mask: (B, 1, T, S) bool; None = causal, and
+    Segments, need none.
+    """
+    return F.pad(mask, (num_prefix, 0), value=True) if num_prefix and isinstance(mask, torch.Tensor) else mask
 
 
 def attend(query, key, value, mask):
     """Scaled dot-product attention, scale 1 / sqrt(E).
 
     query: (B, H, T, E); key, value: (B, K, S, E), each kv head serving H / K consecutive query heads.
-    mask: (B, 1, T, S) bool, True = visible; None = causal, the last query seeing all S keys (no T x T tensor is built).
+    mask: (B, 1, T, S) bool, True = visible; None = causal, the last query seeing all S keys; Segments = causal within
+    each, the S - T keys in front seen by all (no T x T tensor is built for these two).
     Returns (B, T, H * E).
     """
+    if isinstance(mask, Segments):
+        return attend_segments(query, key, value, mask.bounds)
     num_groups, num_queries, num_keys = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
     is_causal = mask is None and num_queries == num_keys
     in_place = num_groups > 1 and mask is None and num_queries in (1, num_keys) and has_flash_attention(query)
@@ -53,6 +79,50 @@ def attend(query, key, value, mask):
         query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=in_place
     )  # (B, H, T, E)
     return out.transpose(1, 2).flatten(2)  # (B, T, H * E)
+
+
+def attend_segments(query, key, value, bounds):
+    """`attend` with Segments: flash attention over all of them at once on cards that have it, else one after the other.
+
+    query: (B, H, T, E); key, value: (B, K, P + T, E), the first P seen by every segment of their row.
+    Either way memory and time are those of the samples alone, whatever the width of a row.
+    """
+    num_rows, _, num_tokens, _ = query.shape
+    num_shared = key.shape[2] - num_tokens
+    query = query.transpose(1, 2).flatten(0, 1)  # (B * T, H, E)
+    key, value = (lay_out(x, bounds, num_shared) for x in (key, value))  # (B * T + N * P, K, E)
+    if has_flash_attention(query):
+        key_bounds = bounds + num_shared * torch.arange(len(bounds), dtype=bounds.dtype, device=bounds.device)
+        sizes = num_tokens, num_shared + num_tokens  # upper bounds: the longest segment would cost a CPU-GPU sync
+        shares_heads = query.shape[1] != key.shape[1]
+        out = varlen_attn(
+            query, key, value, bounds, key_bounds, *sizes, window_size=(-1, 0), enable_gqa=shares_heads
+        )  # (B * T, H, E); (-1, 0): causal, aligned with the last key
+        return out.flatten(1).unflatten(0, (num_rows, num_tokens))
+    sizes = bounds.diff().tolist()  # CPU-GPU sync on a card without flash attention
+    pieces = zip(query.split(sizes), *(x.split([size + num_shared for size in sizes]) for x in (key, value)))
+    outs = [attend(*(x.transpose(0, 1)[None] for x in piece), None) for piece in pieces]  # (1, t, H * E) each
+    return torch.cat(outs, 1).view(num_rows, num_tokens, -1)
+
+
+def lay_out(x, bounds, num_shared):
+    """Keys or values of the segments end to end, each with its row's shared ones in front.
+
+    x: (B, K, P + T, E), P = num_shared -> (B * T + N * P, K, E).
+    """
+    x = x.transpose(1, 2)  # (B, P + T, K, E)
+    if not num_shared:
+        return x.flatten(0, 1)
+    num_tokens = x.shape[1] - num_shared
+    shift = num_shared * torch.arange(1, len(bounds), device=x.device)
+    ends = bounds[1:] + shift  # (N,) where a segment ends in the result
+    place = torch.arange(x.shape[0] * num_tokens + num_shared * len(shift), device=x.device)
+    segment = torch.searchsorted(ends, place, right=True)  # (B * T + N * P,)
+    token = place - shift[segment]  # of its B * T tokens; of shared ones, in front of the segment by up to P
+    begin = bounds[segment]
+    row = begin // num_tokens
+    within = torch.where(token < begin, token - begin, token - row * num_tokens) + num_shared
+    return x.flatten(0, 1)[row * x.shape[1] + within]
 
 
 def has_flash_attention(query):

@@ -1,8 +1,8 @@
 """ChatGLM-6B: prompt, positions, stop tokens.
 
 A sample is `question [gMASK] <sop> answer <eop>`; everything before <sop> is the bidirectional prefix. <sop> itself
-is a
-target (predicted from [gMASK]), as in the original.
+is a target (predicted from [gMASK]), as in the original. Every answer of a conversation is a sample of its own, with
+the rounds before it in the prefix: an earlier answer sees what comes after it there, so it cannot be a target too.
 """
 
 import re
@@ -10,9 +10,18 @@ from functools import partial
 
 import torch
 
-from glm_finetune.data.dataset import InstructionDataset
+from glm_finetune.data.dataset import original_dataset
+from glm_finetune.loss import IGNORE
 from glm_finetune.models.glm import ChatGLMConfig, ChatGLMForConditionalGeneration
-from glm_finetune.modes.spec import Mode, Rendered, cut_source, finish_pair, split_turns
+from glm_finetune.modes.spec import (
+    Mode,
+    Rendered,
+    each_turn,
+    finish_pair,
+    finish_target,
+    prompt_ids,
+    text_samples,
+)
 from glm_finetune.modes.tokenizer import ChatGLMTokenizer
 
 QUESTION_TAIL = 3  # 答 ： and what they are worth in tokens in the original
@@ -22,32 +31,39 @@ PUNCTUATION = ((",", "，"), ("!", "！"), (":", "："), (";", "；"), (r"\?", "
 
 
 def prompt(history, question, template="train"):
-    """The text before the answer. Past rounds count from 0; a single question is [Round 1] in training (the template of
-    ChatGLM-Finetuning) and bare in the official chat. The colons are full-width."""
-    if not history:
-        return f"[Round 1]\n问：{question}\n答：" if template == "train" else question
-    past = "".join(f"[Round {i}]\n问：{old}\n答：{answer}\n" for i, (old, answer) in enumerate(history))
-    return f"{past}[Round {len(history)}]\n问：{question}\n答："
+    """The text before the answer; its colons are full-width.
+
+    "train" counts rounds from 1 (ChatGLM-Finetuning's single question is [Round 1]), the official templates from 0;
+    "official" leaves a question without history bare, as chat() does, "official_rounds" makes it [Round 0].
+    """
+    if not history and template == "official":
+        return question
+    first = 1 if template == "train" else 0
+    past = "".join(f"[Round {i}]\n问：{old}\n答：{answer}\n" for i, (old, answer) in enumerate(history, first))
+    return f"{past}[Round {first + len(history)}]\n问：{question}\n答："
 
 
 def render(tokenizer, messages, limits=None, template="train"):
     """See Mode.render."""
-    history, question, answer = split_turns(messages)
-    source = tokenizer.encode_text(prompt(history, question, template))
-    source_cut = target_cut = False
-    if limits:
-        source, source_cut = cut_source(source, limits.max_src_len, QUESTION_TAIL)
+    source, source_cut = prompt_ids(tokenizer, messages, limits, prompt, template, QUESTION_TAIL)
     context = source + [tokenizer.gmask_token_id]
     ids = context + [tokenizer.bos_token_id]
-    if answer is None:
-        return Rendered(ids, [-100] * len(ids), len(context), source_cut)
-    target = tokenizer.encode_text(answer)
-    if limits:
-        room = max(0, limits.max_len - OVERHEAD - len(source))
-        target_cut, target = len(target) > room, target[:room]
-    ids = ids + target + [tokenizer.eos_token_id]
-    labels = [-100] * len(context) + ids[len(context) :]
-    return Rendered(ids, labels, len(context), source_cut, target_cut)
+    if messages[-1]["role"] != "assistant":
+        return Rendered(ids, [IGNORE] * len(ids), len(context), source_cut)
+    room = limits and limits.max_len - OVERHEAD - len(source)
+    target = tokenizer.encode_text(messages[-1]["content"])
+    target, target_cut = finish_target(target, room, tokenizer.eos_token_id, limits)
+    ids = ids + target
+    labels = [IGNORE] * len(context) + ids[len(context) :]
+    return Rendered(ids, labels, len(context), source_cut, target_cut, not messages[-1]["content"], len(source))
+
+
+def samples(tokenizer, messages, limits=None, template="train", train_on="all"):
+    """See Mode.samples. Plain text is `[gMASK] <sop> text <eop>`: GLM's generation with nothing before it."""
+    if messages[0]["role"] == "text":
+        ids, begin = tokenizer.encode_text(messages[0]["content"]), [tokenizer.gmask_token_id, tokenizer.bos_token_id]
+        return text_samples(ids, begin, tokenizer.eos_token_id, limits, num_prefix=1)
+    return each_turn(render, tokenizer, messages, limits, template, train_on)
 
 
 def positions(num_tokens, num_prefix):
@@ -72,8 +88,11 @@ GLM = Mode(
     config=ChatGLMConfig,
     model=ChatGLMForConditionalGeneration,
     tokenizer=ChatGLMTokenizer,
-    dataset=partial(InstructionDataset, render, QUESTION_TAIL, OVERHEAD),
+    dataset=partial(original_dataset, samples, QUESTION_TAIL, OVERHEAD),
     render=render,
+    samples=samples,
+    question_tail=QUESTION_TAIL,
+    overhead=OVERHEAD,
     positions=positions,
     clean_response=clean_response,
     finish_turn=partial(finish_pair, clean_response),

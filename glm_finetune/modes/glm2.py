@@ -1,15 +1,26 @@
 """ChatGLM2-6B and CodeGeeX2: prompt, positions, stop tokens.
 
-A sample is `[gMASK] sop question answer </s>`, causal throughout; the targets are the answer and </s>.
+A sample is `[gMASK] sop question answer </s>`, causal throughout; the targets are the answer and </s>. Every answer of
+a conversation is a sample of its own: the official chat encodes all rounds as one text, without </s> between them, and
+a text that goes on has other ids at the seams than its parts.
 """
 
 from functools import partial
 
 import torch
 
-from glm_finetune.data.dataset import InstructionDataset
+from glm_finetune.data.dataset import original_dataset
+from glm_finetune.loss import IGNORE
 from glm_finetune.models.glm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration
-from glm_finetune.modes.spec import Mode, Rendered, cut_source, finish_pair, split_turns
+from glm_finetune.modes.spec import (
+    Mode,
+    Rendered,
+    each_turn,
+    finish_pair,
+    finish_target,
+    prompt_ids,
+    text_samples,
+)
 from glm_finetune.modes.tokenizer import ChatGLM2Tokenizer
 
 QUESTION_TAIL = 4  # the tokens of "\n\n答：" that the original keeps when it cuts a question
@@ -54,20 +65,24 @@ def prompt(history, question, template="train"):
 
 def render(tokenizer, messages, limits=None, template="train"):
     """See Mode.render."""
-    history, question, answer = split_turns(messages)
-    source = tokenizer.encode_text(prompt(history, question, template))
-    source_cut = target_cut = False
-    if limits:
-        source, source_cut = cut_source(source, limits.max_src_len, QUESTION_TAIL)
+    source, source_cut = prompt_ids(tokenizer, messages, limits, prompt, template, QUESTION_TAIL)
     ids = tokenizer.prefix_ids + source
-    if answer is None:
-        return Rendered(ids, [-100] * len(ids), 0, source_cut)
-    target = tokenizer.encode_text(answer)
-    if limits:
-        room = max(0, limits.max_len - OVERHEAD - len(source))
-        target_cut, target = len(target) > room, target[:room]
-    target = target + [tokenizer.eos_token_id]
-    return Rendered(ids + target, [-100] * len(ids) + target, 0, source_cut, target_cut)
+    if messages[-1]["role"] != "assistant":
+        return Rendered(ids, [IGNORE] * len(ids), 0, source_cut)
+    room = limits and limits.max_len - OVERHEAD - len(source)
+    target = tokenizer.encode_text(messages[-1]["content"])
+    target, target_cut = finish_target(target, room, tokenizer.eos_token_id, limits)
+    return Rendered(
+        ids + target, [IGNORE] * len(ids) + target, 0, source_cut, target_cut, not messages[-1]["content"], len(source)
+    )
+
+
+def samples(tokenizer, messages, limits=None, template="train", train_on="all"):
+    """See Mode.samples."""
+    if messages[0]["role"] == "text":
+        ids = tokenizer.encode_text(messages[0]["content"])
+        return text_samples(ids, tokenizer.prefix_ids, tokenizer.eos_token_id, limits, num_prefix=0)
+    return each_turn(render, tokenizer, messages, limits, template, train_on)
 
 
 def positions(num_tokens, num_prefix):
@@ -85,8 +100,11 @@ GLM2 = Mode(
     config=ChatGLM2Config,
     model=ChatGLM2ForConditionalGeneration,
     tokenizer=ChatGLM2Tokenizer,
-    dataset=partial(InstructionDataset, render, QUESTION_TAIL, OVERHEAD),
+    dataset=partial(original_dataset, samples, QUESTION_TAIL, OVERHEAD),
     render=render,
+    samples=samples,
+    question_tail=QUESTION_TAIL,
+    overhead=OVERHEAD,
     positions=positions,
     clean_response=clean_response,
     finish_turn=partial(finish_pair, clean_response),

@@ -1,0 +1,83 @@
+"""Look at data before training: what would be cut, dropped or refused, how long it is, what the model would see.
+
+    python -m glm_finetune.data data/spo_0.json --mode glm3 --model_name_or_path ChatGLM3-6B/ --preview 3
+
+Takes the data flags of train.py. Reads the tokenizer of the checkpoint, no weights. The histogram in lengths.png is of
+the lengths before anything is cut.
+"""
+
+import os
+import re
+import sys
+from collections import Counter
+from dataclasses import replace
+
+from glm_finetune import MODE, exits
+from glm_finetune.config import ReportConfig
+from glm_finetune.data.dataset import InstructionDataset, describe_sample
+from glm_finetune.data.files import list_sources
+from glm_finetune.data.histogram import Panel, save_histograms
+from glm_finetune.data.report import write_bad_rows
+from glm_finetune.data.samples import of_source, prepare_row, settings_of
+from glm_finetune.flags import parse, raise_together, unknown_choice
+
+GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
+
+
+def main():
+    arguments = sys.argv[1:]
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--train_path", *arguments]
+    config = parse(ReportConfig, arguments, __doc__)
+    raise_together(unknown_choice("mode", config.mode, tuple(MODE)))
+    mode = MODE[config.mode]
+    tokenizer = mode.tokenizer.from_pretrained(config.model_name_or_path)
+    settings = settings_of(config, mode, tokenizer)
+    data = InstructionDataset(config.train_path, settings, progress=sys.stderr.isatty())
+    print(config.train_path, *data.report.table(), sep="\n")
+    print(*data.report.hints(), sep="\n", end="\n" if list(data.report.hints()) else "")
+    sources, samples = uncut_lengths(config.train_path, settings)
+    panels = [
+        Panel("tokens before the last answer, uncut", sources, "max_src_len", config.max_src_len),
+        Panel("tokens of a sample, uncut", samples, "max_len", config.max_len),
+    ]
+    save_histograms(panels, config.output_path)
+    print(f"lengths in {config.output_path}")
+    if bad := write_bad_rows(config.bad_rows_path, data):
+        print(f"bad rows in {bad}")
+    for i in range(min(config.preview, len(data))):
+        print(f"\n{data.where(i)}\n{preview(data[i], tokenizer, in_colour())}")
+
+
+def uncut_lengths(path, settings):
+    """(tokens before the last answer, tokens of a sample), each -> number of samples, as if there were no limits.
+
+    Text to continue training on has nothing before an answer. Bad rows are passed over: they have been reported.
+    """
+    sources, samples = Counter(), Counter()
+    for source in list_sources(path):
+        known = replace(of_source(source, settings), limits=None)
+        for number, row in source.rows():
+            try:
+                rendered = prepare_row(source.where(number), row, known)
+            except ValueError:
+                continue
+            for one in rendered:
+                samples[len(one.input_ids)] += 1
+                sources[one.num_source] += 1
+    return sources, samples
+
+
+def in_colour():
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+
+def preview(row, tokenizer, colour):
+    """A sample as text, its targets between marks and in green; control characters are shown, never sent."""
+    text = describe_sample(row, tokenizer)
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
+    return text.replace("⟦", GREEN + "⟦").replace("⟧", "⟧" + PLAIN) if colour else text
+
+
+if __name__ == "__main__":
+    exits.exit_with_message(main)

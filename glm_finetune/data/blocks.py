@@ -1,0 +1,181 @@
+"""What files hold, before anybody parses it: a hash of their bytes, and blocks of rows that any process can work on.
+
+`scan` reads a file of JSON lines once, hashes it and finds blocks of about BLOCK_BYTES that begin and end between
+lines. Any of them can be read alone, by any process. Rows of other files are read one after the other and handed on in
+blocks.
+
+    for block in blocks_of(source, "cache/"): list(block.rows())      # (number, dict or Unreadable)
+    fingerprint("a.json:2,b.csv", "cache/")                          # changes with the data
+"""
+
+import hashlib
+import os
+import time
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+from glm_finetune.data.files import BOM, lines_in, list_sources
+from glm_finetune.data.lock import locked
+from glm_finetune.weights import read_json, write_json
+
+BLOCK_BYTES = 2**20
+BLOCK_ROWS = 512  # of files that have no blocks of bytes
+LARGE_BYTES = 2**28
+MIN_AGE_SECS = 2  # a younger file may change once more without its time of change showing it
+
+
+@dataclass(frozen=True)
+class Block:
+    """Lines of a file. start, end: bytes. first_row: rows before it (blank lines are none). first_number: its first
+    line, from 1.
+    """
+
+    path: str
+    start: int
+    end: int
+    first_row: int
+    first_number: int
+
+    def rows(self):
+        """Yield (line, dict or Unreadable)."""
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            yield from lines_in(file, self.first_number, self.end - self.start)
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """Rows that were read already. entries: [(number, dict or Unreadable)]."""
+
+    first_row: int
+    entries: list
+
+    def rows(self):
+        return self.entries
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A file. sha256: of its bytes. num_rows, blocks: of JSON lines that are not compressed; None and () otherwise."""
+
+    sha256: str
+    num_rows: int | None = None
+    blocks: tuple = ()
+
+
+def blocks_of(source, cache_dir=None):
+    """Yield the rows of a source in blocks, in their order. Raises ValueError for a file that cannot be read on."""
+    if source.has_blocks:
+        yield from layout_of(source, source.path, cache_dir).blocks
+        return
+    rows, first = source.rows(), 0
+    while entries := list(islice(rows, BLOCK_ROWS)):
+        yield RowBlock(first, entries)
+        first += len(entries)
+
+
+def content_of(source, cache_dir=None):
+    """Hash of all that a source holds; None of a data set of the hub, which nobody knows before it is read."""
+    parts = [(path.name, layout_of(source, path, cache_dir).sha256) for path in source.files()]
+    if source.kind != "datasets":
+        return parts[0][1]
+    split = source.path.partition("#")[2]
+    return hashlib.sha256(repr((split, parts)).encode()).hexdigest() if parts else None
+
+
+def fingerprint(text, cache_dir=None):
+    """Text that changes with the data: of one file the SHA-256 of its bytes; of data sets of the hub only their names.
+
+    text: --train_path.
+    """
+    sources = list_sources(text)
+    parts = [(content_of(source, cache_dir) or source.path, str(source.weight)) for source in sources]
+    if len(parts) == 1 and sources[0].weight == 1:
+        return parts[0][0]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def signature(path):
+    """What changes when a file is written to, without reading it."""
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def check_unchanged(path, before):
+    """Raise ValueError unless the file still has the signature `before`."""
+    if signature(path) != before:
+        raise ValueError(f"{path}: the file was changed while it was read. Start again when it is complete.")
+
+
+def layout_of(source, path, cache_dir=None):
+    """Layout of a file of a source, remembered in `cache_dir` for as long as the file's `signature` stays.
+
+    Raises ValueError if it is empty or changes meanwhile.
+    """
+    if cache_dir is None:
+        return scan(path, source.has_blocks)
+    name = hashlib.sha256(f"{os.path.abspath(path)} {source.has_blocks}".encode()).hexdigest()[:32]
+    note = Path(cache_dir) / "files" / f"{name}.json"
+    layout = _noted(note, path)
+    if layout is None:
+        with locked(note.with_suffix(".lock")):  # one rank reads the file, the others what it found
+            layout = _noted(note, path) or _scan_and_note(note, path, source.has_blocks)
+    return layout
+
+
+def _noted(note, path):
+    """The layout in a note; None without one, for another state of the file, or if the note is damaged."""
+    try:
+        saved = read_json(note)
+        blocks = tuple(Block(str(path), *fields) for fields in saved["blocks"])
+        return Layout(saved["sha256"], saved["num_rows"], blocks) if saved["signature"] == signature(path) else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _scan_and_note(note, path, has_blocks):
+    """`scan`, and a note of it unless the file is so young that a change might not show in its signature.
+
+    A large file is given the time to get older: without a note every rank would read it.
+    """
+    is_old = time.time() - os.stat(path).st_ctime > MIN_AGE_SECS
+    if not is_old and os.stat(path).st_size > LARGE_BYTES:
+        time.sleep(MIN_AGE_SECS)
+        is_old = True
+    before, layout = signature(path), scan(path, has_blocks)
+    if is_old:
+        blocks = [list(asdict(block).values())[1:] for block in layout.blocks]
+        write_json({**asdict(layout), "blocks": blocks, "signature": before}, note)
+    return layout
+
+
+def scan(path, has_blocks=True):
+    """Read a file once -> Layout. has_blocks: `Source.has_blocks`.
+
+    Raises ValueError if it is empty or changes meanwhile.
+    """
+    before = signature(path)
+    with open(path, "rb") as file:
+        layout = _scan_lines(str(path), file) if has_blocks else Layout(hashlib.file_digest(file, "sha256").hexdigest())
+    if layout.num_rows == 0:
+        raise ValueError(f"{path}: the file is empty.")
+    check_unchanged(path, before)
+    return layout
+
+
+def _scan_lines(path, file):
+    digest, blocks = hashlib.sha256(), []
+    start, num_rows, number = 0, 0, 1
+    while data := file.read(BLOCK_BYTES):
+        digest.update(data)
+        *lines, last = (data if start else data.removeprefix(BOM)).split(b"\n")
+        has_text, end, is_split = last.strip(), start + len(data), not data.endswith(b"\n")
+        while not data.endswith(b"\n") and (data := file.readline(BLOCK_BYTES)):  # the rest of the last line
+            digest.update(data)
+            has_text, end = has_text or data.strip(), end + len(data)
+        found = sum(1 for line in lines if line.strip()) + bool(has_text)
+        if found:
+            blocks.append(Block(path, start, end, num_rows, number))
+        start, num_rows, number = end, num_rows + found, number + len(lines) + is_split
+    return Layout(digest.hexdigest(), num_rows, tuple(blocks))

@@ -1,0 +1,182 @@
+"""Prepared data: token arrays in a folder, memory-mapped, made once and shared by whoever asks for the same thing.
+
+The folder's name is a hash of the files' content, the tokenizer's files, the settings and this package's code, so what
+lies there is right whenever it is whole. It is written under another name and renamed: nobody sees a half. Who gets the
+lock prepares, others wait for the lock in the file system, not in a collective with a time limit; the kernel gives it
+back when a process dies. Folders can be deleted at any time, also while a run has them mapped. Only a data set of the
+hub is prepared at every start: what it holds is not known before it is read.
+
+    samples = prepared(list_sources("data/spo_0.json"), settings, "cache/")    # Samples, see prepare.py
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from glm_finetune.data.blocks import check_unchanged, content_of, signature
+from glm_finetune.data.lock import locked
+from glm_finetune.data.prepare import COLUMNS, Samples, choose_workers, tokenize
+from glm_finetune.data.report import Report
+from glm_finetune.weights import read_json, write_json
+
+FORMAT = 1
+HEADER = "header.json"
+PACKAGE = Path(__file__).parents[1]
+
+
+def default_cache_dir():
+    """Where prepared data lies when --cache_dir does not say."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glm_finetune"
+
+
+def prepared(sources, settings, cache_dir, overwrite=False, progress=False, num_workers=None):
+    """The samples of files as memory maps, prepared first if need be.
+
+    overwrite: prepare again what was prepared before this call. num_workers: processes; default by the files' size.
+    Raises ValueError for a bad row (file and line), OSError naming --cache_dir if nothing can be written there.
+    """
+    started = time.time()
+    with naming_the_cache(cache_dir):
+        contents = [content_of(source, cache_dir) for source in sources]
+        folder = Path(cache_dir) / key_of(sources, contents, settings)
+        oldest = started if overwrite or None in contents else 0
+        samples = read(folder, oldest)
+        if samples is None:
+            with locked(folder.with_suffix(".lock")):
+                samples = read(folder, oldest, say=print)  # somebody else may have made it meanwhile
+                if samples is None:
+                    _raise_old_error(folder, started)
+                    _build(folder, sources, settings, progress, num_workers)
+                    samples = read(folder)
+    return samples
+
+
+def key_of(sources, contents, settings):
+    """What the samples follow from, as the name of a folder. contents: `blocks.content_of` of each source."""
+    tokenizer = settings.tokenizer
+    files = [tokenizer.folder / tokenizer.model_file, tokenizer.folder / "tokenizer_config.json"]
+    others = {item.name: getattr(settings, item.name) for item in fields(settings)}
+    del others["samples"], others["tokenizer"], others["limits"]
+    named = [source.path if content is None else content for source, content in zip(sources, contents)]
+    skips = settings.on_bad_row == "skip"  # the report then names files
+    parts = {
+        "format": FORMAT,
+        "sources": [[name, source.kind, str(source.weight)] for name, source in zip(named, sources)],
+        "paths": [source.path for source in sources] if skips else [],
+        "tokenizer": [type(tokenizer).__qualname__, *(_sha256(file) for file in files if file.is_file())],
+        "sentencepiece": sentencepiece.__version__,
+        "samples": f"{settings.samples.__module__}.{settings.samples.__qualname__}",
+        "code": code_version(),
+        "limits": asdict(settings.limits),
+        **others,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def code_version():
+    """Hash of the code that decides what a row becomes: a change of it makes no old cache wrong."""
+    files = sorted([*PACKAGE.glob("data/*.py"), *PACKAGE.glob("modes/*.py")])
+    return hashlib.sha256("".join(_sha256(file) for file in files).encode()).hexdigest()
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read(folder, oldest=0, say=None):
+    """The samples in a folder; None if it is not there, damaged, or made before `oldest` (seconds since 1970).
+
+    say: told of damage.
+    """
+    if not folder.is_dir():
+        return None
+    try:
+        header = read_json(folder / HEADER)
+        if header["format"] != FORMAT:
+            raise ValueError(f"format {header['format']}, not {FORMAT}")
+        columns = {name: _map(folder / name, header["counts"][name], dtype) for name, dtype in COLUMNS.items()}
+        report = Report.from_json(header["report"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if say:
+            say(f"{folder}: damaged ({error}); it is prepared again.", flush=True)
+        return None
+    return Samples(columns, report) if header["made"] >= oldest else None
+
+
+def _map(path, count, dtype):
+    expected, found = count * np.dtype(dtype).itemsize, path.stat().st_size
+    if found != expected:
+        raise ValueError(f"{path.name} has {found} bytes instead of {expected}")
+    return np.memmap(path, dtype, "r", shape=(count,)) if count else np.zeros(0, dtype)
+
+
+def _build(folder, sources, settings, progress, num_workers):
+    for old in folder.parent.glob(f"tmp-{folder.name}-*"):  # of processes that were killed: the lock is ours
+        shutil.rmtree(old)
+    temporary = folder.parent / f"tmp-{folder.name}-{os.getpid()}"
+    temporary.mkdir()
+    try:
+        counts, report = _write(temporary, sources, settings, progress, num_workers)
+        header = {"format": FORMAT, "made": time.time(), "counts": counts, "report": vars(report)}
+        write_json(header, temporary / HEADER)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    except ValueError as error:
+        write_json({"at": time.time(), "error": str(error)}, folder.with_suffix(".error"))
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(folder, sources, settings, progress, num_workers):
+    """Write the columns; returns (elements of each, report). Every file is on the disk before this returns."""
+    report, counts = Report(settings.too_long), dict.fromkeys(COLUMNS, 0)
+    before = {path: signature(path) for source in sources for path in source.files()}
+    workers = choose_workers(sources) if num_workers is None else num_workers
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(open(folder / name, "wb")) for name in COLUMNS}
+        for samples in tokenize(sources, settings, workers, folder.parent, progress):
+            for name, column in samples.after(counts["ends"], counts["input_ids"]).items():
+                files[name].write(column.data)
+                counts[name] += len(column)
+            report.add(samples.report)
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+    for path, old in before.items():
+        check_unchanged(path, old)
+    return counts, report
+
+
+def _raise_old_error(folder, started):
+    """Raise the ValueError that another rank met while this one waited, instead of going the same way to it."""
+    path = folder.with_suffix(".error")
+    if path.is_file():
+        record = read_json(path)
+        if record["at"] >= started:
+            raise ValueError(record["error"])
+
+
+@contextmanager
+def naming_the_cache(cache_dir):
+    """An OSError says what to do about it."""
+    try:
+        yield
+    except ChildProcessError:
+        raise
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise OSError(
+            f"--cache_dir {cache_dir}: {'no space left for the prepared data' if full else error}. Give a folder on a "
+            "disk with room (about 5 bytes for each token), or --streaming to do without."
+        ) from error

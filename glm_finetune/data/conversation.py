@@ -1,0 +1,214 @@
+"""Conversations as the world writes them -> messages (`Mode` says what a message is), and what makes one valid.
+
+Roles of the three families of files: role / content (ChatGLM3's with `tool`, OpenAI's with `tool_calls`), from / value.
+Every function raises ValueError with the problem; who calls knows the file and the line.
+"""
+
+import json
+import keyword
+import re
+
+HALF = re.compile("[\ud800-\udfff]")  # of a character that UTF-16 writes as two
+MAX_DEPTH = 32  # of tools and arguments; far deeper ones would end in a RecursionError
+MAX_CHARACTERS = 1 << 24  # of one text; a longer one is a broken file, not a sample
+TOOLS_PROMPT = (  # of ChatGLM3's training, word for word
+    "Answer the following questions as best as you can. You have access to the following tools:"
+)
+SPEAKERS = {  # sharegpt -> role
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "function_call": "function_call",
+    "observation": "observation",
+}
+
+
+def text_of(row, name):
+    """row[name], which must be a string that can be encoded."""
+    value = row.get(name)
+    if not isinstance(value, str):
+        problem = f"is {value!r:.40}, not a string" if name in row else "is missing"
+        raise ValueError(f"field {name!r} {problem}; the fields found are {sorted(map(str, row))}.")
+    if len(value) > MAX_CHARACTERS:
+        raise ValueError(f"field {name!r} has {len(value):,} characters; {MAX_CHARACTERS:,} are allowed. Split it.")
+    if half := HALF.search(value):
+        raise ValueError(f"field {name!r} has {half[0]!r}, half of a character, at {half.start()}.")
+    return value
+
+
+def list_of(row, name):
+    """row[name], which must be a list, or the JSON text of one (as a CSV cell holds it)."""
+    value = row.get(name)
+    if isinstance(value, str):
+        value = _json_of(value, f"field {name!r}")
+    if not isinstance(value, list):
+        problem = f"is {row[name]!r:.40}, not a list" if name in row else "is missing"
+        raise ValueError(f"field {name!r} {problem}; the fields found are {sorted(map(str, row))}.")
+    return value
+
+
+def tools_of(row):
+    """The list of tools of a row, or None. OpenAI's {"type": "function", "function": tool} is unwrapped."""
+    if row.get("tools") in (None, "", []):
+        return None
+    tools = [tool.get("function", tool) if isinstance(tool, dict) else tool for tool in list_of(row, "tools")]
+    for i, tool in enumerate(tools, 1):
+        if not isinstance(tool, dict) or not isinstance(tool.get("name"), str):
+            raise ValueError(f"field 'tools', tool {i}: expected an object with a 'name', found {tool!r:.60}.")
+    as_json(tools, "field 'tools'")
+    return tools
+
+
+def as_json(value, what):
+    """JSON text of tools or of an observation; raises for a value that is too deep or no JSON."""
+    if _depth(value) > MAX_DEPTH:
+        raise ValueError(f"{what} is nested deeper than {MAX_DEPTH} levels.")
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what} is no JSON ({error}).") from None
+    return text_of({what: text}, what)
+
+
+def _depth(value, level=0):
+    """How deep lists and objects are nested; counting stops where it is too deep anyway."""
+    if not isinstance(value, (list, dict)) or level > MAX_DEPTH:
+        return level
+    return max((_depth(v, level + 1) for v in (value.values() if isinstance(value, dict) else value)), default=level)
+
+
+def _json_of(text, what):
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{what}: not JSON ({error}): {text[:40]!r}.") from None
+
+
+def tool_call(name, arguments):
+    """An assistant message in ChatGLM3's form: the tool's name as metadata, the call in a Python code block."""
+    if not isinstance(name, str) or not name.strip() or "\n" in text_of({"name": name}, "name"):
+        raise ValueError(f"the name of a called tool is {name!r:.40}; expected one line of text.")
+    if isinstance(arguments, str):
+        arguments = _json_of(arguments, f"the arguments of {name!r}")
+    if not isinstance(arguments, dict):
+        raise ValueError(f"the arguments of {name!r} are {arguments!r:.40}, not an object.")
+    as_json(arguments, f"the arguments of {name!r}")
+    for key in arguments:
+        if not key.isidentifier() or keyword.iskeyword(key):
+            raise ValueError(f"the arguments of {name!r}: {key!r:.40} cannot be the name of an argument in a call.")
+    call = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    return {"role": "assistant", "metadata": name, "content": f"```python\ntool_call({call})\n```"}
+
+
+def from_roles(entry):
+    """An entry of role / content (ChatGLM3, OpenAI) -> messages; a tool with its observation is two, as in ChatGLM3."""
+    role = entry.get("role")
+    loss = _loss_of(entry)
+    if role == "tool" and "parameters" in entry:
+        observation = entry.get("observation")
+        if not isinstance(observation, str):
+            if observation is None:
+                raise ValueError("field 'observation' is missing: the result of the tool.")
+            observation = as_json(observation, "field 'observation'")
+        call = tool_call(entry.get("name"), entry["parameters"])
+        return [call | loss, {"role": "observation", "content": text_of({"observation": observation}, "observation")}]
+    if role == "tool":
+        return [{"role": "observation", "content": text_of(entry, "content")}]
+    if role not in ("system", "user", "assistant", "observation"):
+        raise ValueError(f"role {role!r:.40}: must be system, user, assistant, observation or tool.")
+    calls = list_of(entry, "tool_calls") if entry.get("tool_calls") else []
+    spoken = [_spoken(entry, role) | loss] if entry.get("content") or not calls else []
+    return spoken + [_openai_call(call) | loss for call in calls]
+
+
+def _spoken(entry, role):
+    message = {"role": role, "content": text_of(entry, "content")}
+    if role == "system" and (tools := tools_of(entry)):
+        message["tools"] = tools
+    if entry.get("metadata"):
+        if role != "assistant" or "\n" in text_of(entry, "metadata"):
+            raise ValueError("field 'metadata' is the name of a tool, on one line, in an assistant message only.")
+        message["metadata"] = entry["metadata"]
+    return message
+
+
+def _loss_of(entry):
+    """{"loss": bool} if the entry says whether it is trained."""
+    if entry.get("loss") is None:
+        return {}
+    if not isinstance(entry["loss"], bool):
+        raise ValueError(f"field 'loss' is {entry['loss']!r:.40}; it must be true or false.")
+    return {"loss": entry["loss"]}
+
+
+def _openai_call(call):
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        raise ValueError(f"field 'tool_calls' has {call!r:.60}; expected an object with 'function'.")
+    return tool_call(function.get("name"), function.get("arguments") or {})
+
+
+def from_speakers(entry):
+    """An entry of from / value (sharegpt) -> messages."""
+    speaker = entry.get("from")
+    if not isinstance(speaker, str) or speaker not in SPEAKERS:
+        raise ValueError(f"field 'from' is {speaker!r:.40}: must be one of {', '.join(SPEAKERS)}.")
+    if SPEAKERS[speaker] == "function_call":
+        call = _json_of(text_of(entry, "value"), "the function call")
+        if not isinstance(call, dict):
+            raise ValueError(f"the function call is {call!r:.40}, not an object with name and arguments.")
+        return [tool_call(call.get("name"), call.get("arguments") or {}) | _loss_of(entry)]
+    return [{"role": SPEAKERS[speaker], "content": text_of(entry, "value")} | _loss_of(entry)]
+
+
+def messages_of(entries, convert, tools=None, field="messages"):
+    """Entries of a row -> messages; tools come first, in a system message of their own (ChatGLM3's form).
+
+    convert: `from_roles` or `from_speakers`. Problems are named with `field` and the place in it, counted from 1.
+    """
+    messages = [{"role": "system", "content": TOOLS_PROMPT, "tools": tools}] if tools else []
+    for i, entry in enumerate(entries, 1):
+        try:
+            if not isinstance(entry, dict):
+                raise ValueError(f"expected an object, found {entry!r:.60}.")
+            messages += convert(entry)
+        except ValueError as error:
+            raise ValueError(f"field {field!r}, message {i}: {error}") from None
+    return messages
+
+
+def check_order(messages, needs_answer=True):
+    """Raise ValueError unless roles follow each other as in a conversation.
+
+    system only at the beginning; the user first; an answer after a question or a tool's result (or, as a call, after
+    an answer); a result only after a call; an answer at the end (needs_answer=False: it may also be the user's turn).
+    """
+    spoken = [message for message in messages if "tools" not in message]
+    before = "start"
+    for i, message in enumerate(spoken, 1):
+        role = message["role"]
+        allowed = {
+            "system": before == "start",
+            "user": before in ("start", "system", "assistant"),
+            "assistant": before in ("user", "observation") or (before == "assistant" and "metadata" in message),
+            "observation": before == "call",
+        }[role]
+        if not allowed:
+            raise ValueError(f"message {i}: {_what(role)} cannot follow {_what(before)}.")
+        before = "call" if role == "assistant" and message.get("metadata", "").strip() else role
+    if before in ("start", "system"):
+        raise ValueError("the conversation is empty." if before == "start" else "the conversation is a system message.")
+    if needs_answer and before not in ("assistant", "call"):
+        raise ValueError(f"the conversation ends with {_what(before)}: add the answer, or leave the last message out.")
+
+
+def _what(role):
+    names = {
+        "start": "the beginning",
+        "call": "the call of a tool (its result must come first)",
+        "observation": "the result of a tool",
+        "system": "a system message",
+    }
+    return names.get(role, f"the {role}")

@@ -1,0 +1,282 @@
+"""Files -> rows, one at a time: JSONL, JSON arrays, CSV, TSV, Parquet (each also .gz), folders, and `datasets`.
+
+    for where, row in read_rows("data/spo_0.json"):            # where: "data/spo_0.json, line 1"
+    for source in list_sources("a.json:2,folder,hf://owner/name#test"):
+        for number, row in source.rows():                      # row: a dict, or Unreadable
+
+JSONL, CSV and Parquet are streamed; a JSON array is loaded whole. Not here: hashes, and blocks of a file (`blocks`).
+"""
+
+import csv
+import gzip
+import io
+import json
+import math
+import re
+import zlib
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+
+MAX_LINE = 1 << 24  # bytes of a JSON line; a longer one is a broken file, not a sample
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
+HUB = "hf://"
+BOM = b"\xef\xbb\xbf"
+BATCH_ROWS = 1024  # of Parquet that are in memory at a time
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """In the place of a row: why there is none."""
+
+    problem: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file (or data set of `datasets`). kind: of READERS. weight: how often its rows count in an epoch."""
+
+    path: str
+    kind: str
+    weight: Fraction = Fraction(1)
+
+    def where(self, number):
+        return f"{self.path}, {UNITS[self.kind]} {number}"
+
+    @property
+    def has_blocks(self):
+        """Whether any part of it can be read alone: JSON lines that are not compressed."""
+        return self.kind == "lines" and not _is_gzip(self.path)
+
+    def files(self):
+        """The files that it is read from; none of a data set of the hub."""
+        if self.kind != "datasets":
+            return [Path(self.path)]
+        folder = Path(self.path.partition("#")[0])
+        return [] if self.path.startswith(HUB) else sorted(path for path in folder.rglob("*") if path.is_file())
+
+    def rows(self):
+        """Yield (number, dict or Unreadable). Raises ValueError for a file that cannot be read on."""
+        empty = True
+        try:
+            for number, row in READERS[self.kind](self.path):
+                empty = False
+                yield number, as_row(row)
+        except GZIP_ERRORS as error:
+            raise ValueError(f"{self.path}: not a whole gzip file ({error}).") from None
+        if empty:
+            raise ValueError(f"{self.path}: the {'array' if self.kind == 'array' else 'file'} is empty.")
+
+
+def as_row(value):
+    """The value if it is an object, else an Unreadable that says so."""
+    return value if isinstance(value, (dict, Unreadable)) else Unreadable(f"expected an object, found {value!r:.60}.")
+
+
+def read_rows(path):
+    """Yield (where, dict) of everything `list_sources` finds. Raises ValueError naming what is wrong, and where."""
+    for source in list_sources(path):
+        for number, row in source.rows():
+            if isinstance(row, Unreadable):
+                raise ValueError(f"{source.where(number)}: {row.problem}")
+            yield source.where(number), row
+
+
+def occurrences(index, weight):
+    """How often row `index` (from 0) of a file counts in an epoch: spread evenly, `weight` times on the average."""
+    return 1 if weight == 1 else math.floor((index + 1) * weight) - math.floor(index * weight)
+
+
+def list_sources(text):
+    """--train_path -> sources: files, folders and data sets with commas between them, `:weight` behind each.
+
+    Raises ValueError for what is not there or cannot be read here.
+    """
+    parts = [str(text)] if Path(text).exists() else [part.strip() for part in str(text).split(",")]
+    return [source for part in parts for source in _sources_of(part)]
+
+
+def paths_of(*texts):
+    """The files and names in --train_path and the like; None is passed over."""
+    return [source.path for text in texts if text for source in list_sources(text)]
+
+
+def _sources_of(text):
+    weight = Fraction(1)
+    if (match := re.fullmatch(r"(.+):(\d+(?:\.\d+)?)", text)) and not Path(text).exists():
+        text, weight = match[1], Fraction(match[2])
+    if weight == 0:
+        raise ValueError(f"{text}:0: a weight must be above 0; leave the file out.")
+    path = Path(text)
+    if text.startswith(HUB) or _is_saved(Path(text.partition("#")[0])):
+        return [Source(text, "datasets", weight)]
+    if path.is_dir():
+        files = [p for p in sorted(path.iterdir()) if p.is_file() and _suffix(p) in SUFFIXES and p.name[0] != "."]
+        if not files:
+            raise ValueError(f"{text}: no file of {', '.join(SUFFIXES)} (or .gz) in this folder.")
+        return [_source_of_file(p, weight) for p in files]
+    if not path.is_file():
+        raise ValueError(f"{text}: no such file. (A data set of the Hugging Face hub is {HUB}owner/name.)")
+    return [_source_of_file(path, weight)]
+
+
+def _is_saved(path):
+    """Whether `datasets` saved this folder."""
+    return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def _suffix(path):
+    """The suffix that says what a file holds, without .gz."""
+    return (path.with_suffix("") if _is_gzip(path) else path).suffix.lower()
+
+
+def _source_of_file(path, weight):
+    kind = {".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}.get(_suffix(path))
+    return Source(str(path), kind or ("array" if _begins_with(path, b"[") else "lines"), weight)
+
+
+def _is_gzip(path):
+    return str(path).lower().endswith(".gz")
+
+
+def _open(path):
+    return gzip.open(path, "rb") if _is_gzip(path) else open(path, "rb")
+
+
+def _begins_with(path, mark):
+    """Whether `mark` is the first that is no white space or byte-order mark."""
+    try:
+        with _open(path) as file:
+            while block := file.read(4096):
+                if text := block.removeprefix(BOM).lstrip():
+                    return text.startswith(mark)
+    except GZIP_ERRORS as error:
+        raise ValueError(f"{path}: not a whole gzip file ({error}).") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error}).") from None
+    return False
+
+
+def _not_utf8(error):
+    return f"not UTF-8 (byte {error.start}). Convert it, e.g. iconv -f GBK -t UTF-8."
+
+
+def _read_lines(path):
+    with _open(path) as file:
+        yield from lines_in(file)
+
+
+def lines_in(file, number=1, num_bytes=math.inf):
+    """Yield (number, dict or Unreadable) of JSON lines, of which at most one is in memory.
+
+    file: open where line `number` begins; num_bytes: how far to read, to the end of a line.
+    """
+    while num_bytes > 0 and (line := file.readline(MAX_LINE)):
+        num_bytes -= len(line)
+        if len(line) == MAX_LINE and not line.endswith(b"\n"):
+            while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
+                num_bytes -= len(rest)
+            num_bytes -= len(rest)
+            yield number, Unreadable(f"longer than {MAX_LINE >> 20} MiB; one row is one line. Split it.")
+        elif text := (line.removeprefix(BOM) if number == 1 else line).strip():
+            yield number, as_row(_parse(text))
+        number += 1
+
+
+def _parse(line):
+    """A JSON line (bytes) -> its value, or Unreadable."""
+    try:
+        text = line.decode("utf-8")
+        return json.loads(text)
+    except UnicodeDecodeError as error:
+        return Unreadable(_not_utf8(error))
+    except json.JSONDecodeError as error:
+        hint = " Is an object spread over several lines? One row is one line." if text in "{[" else ""
+        return Unreadable(f"not JSON ({error.msg}): {text[:60]!r}{hint}")
+    except RecursionError:
+        return Unreadable(f"nested too deep: {text[:60]!r}")
+
+
+def _read_array(path):
+    """A JSON array, loaded whole."""
+    with _open(path) as file:
+        content = file.read()
+    try:
+        yield from enumerate(json.loads(content.decode("utf-8-sig")), 1)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: {_not_utf8(error)}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg}).") from None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deep.") from None
+
+
+def _read_table(delimiter, path):
+    """CSV or TSV with a header; every value stays the text it is. A number is the row's first line."""
+    csv.field_size_limit(MAX_LINE)  # of the whole process; the default is 128 KiB
+    with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+        start = 2
+        try:
+            for row in reader:
+                if None in row:
+                    row = Unreadable(
+                        f"{len(row[None])} more values than the header has; quote a {delimiter!r} in text."
+                    )
+                yield start, row
+                start = reader.line_num + 1
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: {_not_utf8(error)}") from None
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {start}: not {_suffix(Path(path))[1:].upper()} ({error}).") from None
+
+
+def _read_parquet(path):
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise _missing("pyarrow", path) from None
+    with _open(path) as file:
+        content = io.BytesIO(file.read()) if _is_gzip(path) else file
+        try:
+            table = pyarrow.parquet.ParquetFile(content)
+            batches = table.iter_batches(batch_size=BATCH_ROWS)
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+        except pyarrow.ArrowException as error:
+            raise ValueError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}).") from None
+
+
+def _read_datasets(text):
+    """A folder of save_to_disk, or a data set of the hub, streamed. text: hf://owner/name[/config][#split]."""
+    try:
+        import datasets
+    except ImportError:
+        raise _missing("datasets", text) from None
+    name, _, split = text.partition("#")
+    try:
+        if name.startswith(HUB):
+            owner, title, *config = name.removeprefix(HUB).split("/") + [""]
+            rows = datasets.load_dataset(f"{owner}/{title}", config[0] or None, split=split or "train", streaming=True)
+        else:
+            rows = datasets.load_from_disk(name)
+            rows = rows[split or "train"] if isinstance(rows, datasets.DatasetDict) else rows
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{text}: `datasets` cannot load it ({type(error).__name__}: {error}).") from None
+    yield from enumerate(rows, 1)
+
+
+def _missing(library, path):
+    return ValueError(f"{path}: reading it needs {library}: pip install {library}")
+
+
+READERS = {  # kind -> function: path -> (number, row)
+    "lines": _read_lines,
+    "array": _read_array,
+    "csv": partial(_read_table, ","),
+    "tsv": partial(_read_table, "\t"),
+    "parquet": _read_parquet,
+    "datasets": _read_datasets,
+}
+UNITS = {"lines": "line", "array": "entry", "csv": "line", "tsv": "line", "parquet": "row", "datasets": "row"}

@@ -1,0 +1,146 @@
+"""What became of the rows of a data set: counts, lengths, bad rows.
+
+report = Report(settings.too_long)
+to_train_on = report.keep(prepare_row(where, row, settings))
+report.add(of_other_rows)
+print(report)
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from glm_finetune.loss import IGNORE
+
+NUM_SHOWN = 5  # bad rows that an error lists
+PERCENTILES = (50, 90, 99)
+SHOWN = ("rows", "kept", "question_cut", "answer_cut", "skipped", "no_target", "answer_empty")
+COUNTS = (*SHOWN, "tokens", "targets")
+
+
+def percentile(lengths, percent):
+    """The length that `percent` % of the samples do not exceed; 0 without samples. lengths: Counter of lengths."""
+    rank, seen = max(1, math.ceil(lengths.total() * percent / 100)), 0
+    for length in sorted(lengths):
+        seen += lengths[length]
+        if seen >= rank:
+            return length
+    return 0
+
+
+@dataclass
+class Report:
+    """What became of the rows of a data set. too_long: Settings.too_long. lengths: tokens -> number of samples."""
+
+    too_long: str = "cut"
+    rows: int = 0
+    kept: int = 0  # samples; a row can be several, and count several times by its file's weight
+    question_cut: int = 0
+    answer_cut: int = 0
+    skipped: int = 0  # too long, and left out because of --is_skip or --truncation drop
+    no_target: int = 0  # nothing to learn in them
+    answer_empty: int = 0
+    bad: list = field(default_factory=list)  # what was wrong with rows that --on_bad_row skip left out
+    tokens: int = 0
+    targets: int = 0
+    lengths: Counter = field(default_factory=Counter)
+    streamed: bool = False  # only the number of rows is known
+
+    @classmethod
+    def from_json(cls, fields):
+        """The report whose `vars` were written as JSON, which knows no numbers as keys. Raises TypeError for others."""
+        lengths = Counter({int(length): count for length, count in fields["lengths"].items()})
+        return cls(**{**fields, "lengths": lengths})
+
+    def add(self, other):
+        """Count the rows of another report too."""
+        for name in COUNTS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.bad += other.bad
+        self.lengths.update(other.lengths)
+
+    def keep(self, rendered, times=1):
+        """Count the samples of a row; returns those to train on."""
+        self.rows += 1
+        targets = [len(one.labels) - one.labels.count(IGNORE) for one in rendered]
+        self.no_target += not any(targets)
+        kept = []
+        for one, num_targets in zip(rendered, targets):
+            self.question_cut += one.source_cut
+            self.answer_cut += one.target_cut
+            self.answer_empty += one.answer_empty
+            if self.too_long == "drop" and (one.source_cut or one.target_cut):
+                self.skipped += 1
+            elif num_targets:
+                kept.append(one)
+                self.kept += times
+                self.tokens += times * len(one.input_ids)
+                self.targets += times * num_targets
+                self.lengths[len(one.input_ids)] += times
+        return kept
+
+    def add_bad(self, error):
+        """Count a row that is left out for what is wrong with it."""
+        self.rows += 1
+        self.bad.append(str(error))
+
+    @property
+    def longest(self):
+        return max(self.lengths, default=0)
+
+    def __str__(self):
+        if self.streamed:
+            return f"rows {self.rows:,}, streamed: what is cut, dropped or empty is not known beforehand"
+        counts = ", ".join(f"{name} {getattr(self, name):,}" for name in SHOWN)
+        counts += f", bad {len(self.bad):,}, tokens {self.tokens:,}, targets {self.targets:,}"
+        lengths = " ".join(f"{percent}% {percentile(self.lengths, percent):,}" for percent in PERCENTILES)
+        return f"{counts}, lengths {lengths} longest {self.longest:,}"
+
+    def table(self):
+        """The same as lines, for reading."""
+        num_samples = max(1, self.kept + self.skipped)
+        shares = {
+            "questions cut": self.question_cut / num_samples,
+            "answers cut": self.answer_cut / num_samples,
+            "dropped, too long": self.skipped / num_samples,
+            "empty answers": self.answer_empty / num_samples,
+            "targets": self.targets / max(1, self.tokens),
+        }
+        counts = {
+            "rows": self.rows,
+            "bad rows": len(self.bad),
+            "rows without target": self.no_target,
+            "samples": self.kept,
+            "questions cut": self.question_cut,
+            "answers cut": self.answer_cut,
+            "dropped, too long": self.skipped,
+            "empty answers": self.answer_empty,
+            "tokens": self.tokens,
+            "targets": self.targets,
+            **{f"{percent}% up to": percentile(self.lengths, percent) for percent in PERCENTILES},
+            "longest": self.longest,
+        }
+        for name, count in counts.items():
+            yield f"  {name:<20}{count:>12,}" + (f"  ({shares[name]:.1%})" if name in shares else "")
+
+    def hints(self):
+        """What the counts say that the user should know, one line each."""
+        if self.question_cut and self.too_long == "cut":
+            yield (
+                f"{self.question_cut:,} questions were cut: raise --max_src_len (--truncation head keeps the newest "
+                "rounds of a conversation, and the end of a question)."
+            )
+        if self.bad:
+            yield f"{len(self.bad):,} bad rows were left out, the first: {self.bad[0]}"
+
+
+def write_bad_rows(path, *data_sets):
+    """List the bad rows that were skipped in a file, if there are any; returns its path or None.
+
+    data_sets: None is passed over.
+    """
+    bad = [problem for data in data_sets if data is not None for problem in data.report.bad]
+    if bad:
+        Path(path).write_text("".join(f"{problem}\n" for problem in bad), encoding="utf-8")
+    return path if bad else None

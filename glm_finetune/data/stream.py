@@ -1,0 +1,93 @@
+"""Rows of JSON lines that are not prepared: each is rendered when it is asked for. Memory holds two windows of them.
+
+Every file is read once at the first start (`blocks.scan`: a hash and an index of blocks, remembered in the cache), so
+the number of rows is known and any row can be found at once. That needs exactly one sample a row: anything else is an
+error. Shuffling is the sampler's: it permutes the rows of a window, which plays the part of a shuffling buffer, by
+seed, epoch and window alone. So a position is a number of rows, as for prepared data, and a resumed run goes on exactly
+there without reading what came before.
+"""
+
+from bisect import bisect_right
+
+from glm_finetune.data.blocks import layout_of
+from glm_finetune.data.cache import naming_the_cache
+from glm_finetune.data.report import Report
+from glm_finetune.data.samples import first_rows, of_source, prepare_row
+from glm_finetune.loss import IGNORE
+
+LEAVE = "Leave --streaming out."
+
+
+class Stream:
+    """The rows of files by number. A row that is too long and to be dropped stays, without targets."""
+
+    def __init__(self, sources, settings, window, cache_dir=None):
+        """window: rows that are kept together in memory, rows [0, window), [window, 2 * window), ...
+
+        Raises ValueError for a file that is no plain JSON lines or has a weight, and for first rows that do not make
+        one sample each.
+        """
+        self.sources, self.window, self._blocks, self._first_rows, num_rows = sources, window, [], [], 0
+        for position, source in enumerate(sources):
+            if not source.has_blocks or source.weight != 1:
+                raise ValueError(
+                    f"{source.path}: --streaming reads files of JSON lines that are neither compressed nor weighted "
+                    f"(:{source.weight}). {LEAVE}"
+                )
+            with naming_the_cache(cache_dir):
+                layout = layout_of(source, source.path, cache_dir)
+            for block in layout.blocks:
+                self._blocks.append((position, block))
+                self._first_rows.append(num_rows + block.first_row)
+            num_rows += layout.num_rows
+        self.report = Report(rows=num_rows, streamed=True)
+        self._settings = [of_source(source, settings) for source in sources]
+        self._windows = {}  # number of a window: its rows; the newest two, since a step may span two
+        for source, known in zip(sources, self._settings):
+            for number, row in first_rows(source, known):
+                sample_of(source.where(number), row, known)
+
+    def __len__(self):
+        return self.report.rows
+
+    def __getitem__(self, index):
+        """Raises ValueError naming file and line for a row that is none, or that does not make one sample."""
+        position, number, row = self._row(index)
+        return sample_of(self.sources[position].where(number), row, self._settings[position])
+
+    def where(self, index):
+        position, number, _ = self._row(index)
+        return self.sources[position].where(number)
+
+    def _row(self, index):
+        """(which source, number in it, dict or Unreadable)."""
+        window = index // self.window
+        if window not in self._windows:
+            first = window * self.window
+            self._windows = {w: rows for w, rows in self._windows.items() if abs(w - window) == 1}
+            self._windows[window] = list(self._read(first, min(first + self.window, len(self))))
+        return self._windows[window][index % self.window]
+
+    def _read(self, start, end):
+        at = bisect_right(self._first_rows, start) - 1
+        place = self._first_rows[at]
+        while place < end:
+            position, block = self._blocks[at]
+            for number, row in block.rows():
+                if place >= end:
+                    return
+                if place >= start:
+                    yield position, number, row
+                place += 1
+            at += 1
+
+
+def sample_of(where, row, settings):
+    """The one sample of a row. Raises ValueError naming `where` if it makes none or several."""
+    rendered = prepare_row(where, row, settings)
+    if len(rendered) != 1:
+        raise ValueError(f"{where}: makes {len(rendered)} samples, --streaming takes one of each row. {LEAVE}")
+    one = rendered[0]
+    is_dropped = settings.too_long == "drop" and (one.source_cut or one.target_cut)
+    labels = [IGNORE] * len(one.labels) if is_dropped else one.labels
+    return {"input_ids": one.input_ids, "labels": labels, "num_prefix": one.num_prefix}

@@ -1,0 +1,113 @@
+"""Which checkpoint a run goes on from: the newest whole one, or the one that was named; and whether it is its own.
+
+folder = choose_resume(config, record)      # all ranks must call; None: begin anew
+"""
+
+from pathlib import Path
+
+from glm_finetune import dist, state
+from glm_finetune.checkpoint import FORMAT_VERSION, RENDERING, checkpoints, damage, step_of
+from glm_finetune.weights import read_json
+
+
+def find_resume(resume, output_dir):
+    """The checkpoint that --resume asks for, or None: "auto" takes the newest whole one in output_dir, if any.
+
+    Only rank 0 needs to call. Damaged ones are named and passed over. Raises ValueError for a path that is damaged, has
+    no state, or is of a newer format.
+    """
+    if resume != "auto":
+        problem = damage(Path(resume)) or _unfit(Path(resume))
+        if problem:
+            raise ValueError(f"--resume {resume}: {problem}")
+        return Path(resume)
+    for folder in reversed(checkpoints(output_dir)):
+        problem = damage(folder) or _unfit(folder)
+        if problem is None:
+            return folder
+        print(f"--resume auto: {problem} The one before it is taken.", flush=True)
+    return None
+
+
+def choose_resume(config, record):
+    """The folder to go on from, or None; rank 0 looks. All ranks must call.
+
+    Raises ValueError on every rank if --resume names nothing to go on from, or another run.
+    """
+    if not config.resume:
+        return None
+    folder, problem = None, None
+    if dist.is_main():
+        try:
+            folder = find_resume(config.resume, config.output_dir)
+            if folder:
+                check_same_run(folder, record, config.force)
+                _check_steps(folder, config.max_steps)
+            _check_others(folder, config)
+        except ValueError as error:
+            problem = str(error)
+    folder, problem = dist.from_main((folder, problem))
+    if problem:
+        raise ValueError(problem)
+    return folder
+
+
+def _unfit(folder):
+    if not (folder / state.FOLDER / "progress.json").is_file():
+        return f"{folder}: has no {state.FOLDER}/ to go on from; give a folder epoch-E-step-S of a run."
+    version = read_json(folder / "train_config.json").get("format_version", 0)
+    return (
+        f"{folder}: format {version}, this version reads up to {FORMAT_VERSION}." if version > FORMAT_VERSION else None
+    )
+
+
+def check_same_run(folder, record, force):
+    """Raise ValueError naming what differs between a checkpoint and this run in what must not (`train_record`).
+
+    force: allow other data and another base all the same; mode and train type must be equal in any case.
+    """
+    old = read_json(Path(folder) / "train_config.json")
+    names = ["mode", "train_type"] + ([] if force else list({**record["identity"], **old.get("identity", {})}))
+    before, now = ({**RENDERING, **r, **r.get("identity", {})} for r in (old, record))
+    different = [
+        f"{name}: {before.get(name)} there, {now.get(name)} here" for name in names if before.get(name) != now.get(name)
+    ]
+    if different:
+        hint = "" if force else " Where that is meant, add --force (not for mode and train type)."
+        raise ValueError(f"--resume {folder} is of another run: {'; '.join(different)}.{hint}")
+
+
+def _check_steps(folder, max_steps):
+    done = read_json(Path(folder) / "train_config.json")["step"]
+    if max_steps and max_steps < done:
+        raise ValueError(
+            f"--max_steps {max_steps}: {folder} has {done} steps behind it already. Raise it, or leave out."
+        )
+
+
+def _check_others(folder, config):
+    """Raise ValueError if output_dir holds checkpoints that would be lost, or mixed with those to come."""
+    found = checkpoints(config.output_dir)
+    if config.resume == "auto" and found and not folder and not config.overwrite_output_dir:
+        raise ValueError(
+            f"--resume auto: no checkpoint in {config.output_dir} is whole. Choose another folder, or add "
+            "--overwrite_output_dir to delete them and begin anew."
+        )
+    if config.resume != "auto":
+        inside = folder.resolve().parent == Path(config.output_dir).resolve()
+        others = [path.name for path in found if not inside or step_of(path) > step_of(folder)]
+        if others:
+            raise ValueError(
+                f"--resume {folder}: --output_dir {config.output_dir} holds {', '.join(others[:5])}, of another "
+                "continuation. Go on from those with --resume auto, choose another folder, or move them away."
+            )
+
+
+def is_complete(folder, config, sampler):
+    """Whether a run that goes on from `folder` has no step to do; then rank 0 says so."""
+    progress = state.progress_in(folder / state.FOLDER)
+    total_steps = config.max_steps or sampler.total_steps(progress, config.num_train_epochs)
+    if progress.step < total_steps:
+        return False
+    dist.print_main(f"{folder}: all {total_steps} steps are done, this run is complete. Nothing was changed.")
+    return True

@@ -1,0 +1,121 @@
+"""Preparation: whatever the files, the blocks and the processes, the samples and the report are those in memory."""
+
+import gzip
+import json
+import shutil
+from dataclasses import replace
+from fractions import Fraction
+
+import pytest
+
+from glm_finetune.data import blocks, cache, files, prepare
+from glm_finetune.data.files import Source, list_sources
+from glm_finetune.modes.spec import Limits
+from tests.refusal import refused
+from tests.test_cache import damage_last_line, dataset, prepared, settings_of
+
+
+@pytest.fixture
+def settings(checkpoints):
+    return settings_of("glm3", checkpoints)
+
+
+@pytest.mark.parametrize("form", ["lines", "array", "gzip", "weighted"])
+def test_blocks_and_workers_change_no_byte(form, settings, data_file, rows, tmp_path, monkeypatch, fork_server):
+    settings = replace(settings, on_bad_row="skip", limits=Limits(80, 64, end_cut_answers=False), too_long="drop")
+    damage_last_line(data_file)
+    path = {"lines": data_file, "array": tmp_path / "a.json", "gzip": tmp_path / "a.jsonl.gz"}.get(form)
+    if form == "array":
+        path.write_text(json.dumps([*rows, 3], ensure_ascii=False, indent=1), encoding="utf-8")
+    elif form == "gzip":
+        path.write_bytes(gzip.compress(data_file.read_bytes()))
+    else:
+        path = path or f"{data_file}:1.5,{data_file}:0.4"
+    whole = prepared(path, settings, tmp_path / "whole", num_workers=0)
+    assert len(whole.report.bad) == (2 if form == "weighted" else 1) and whole.report.skipped
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 300)
+    monkeypatch.setattr(blocks, "BLOCK_ROWS", 3)
+    assert len(list(blocks.blocks_of(list_sources(path)[0]))) > 3
+    for name, num_workers in (("blocks", 0), ("workers", 2)):
+        parts = prepared(path, settings, tmp_path / name, num_workers=num_workers)
+        assert parts.report == whole.report
+        for column, values in whole.columns.items():
+            assert values.tobytes() == parts.columns[column].tobytes(), column
+
+
+def test_files_of_any_kind_with_weights_are_prepared_as_in_memory_and_no_token_twice(
+    settings, data_file, rows, tmp_path
+):
+    (tmp_path / "b.json").write_text(json.dumps(rows[:4]), encoding="utf-8")
+    (tmp_path / "c.csv").write_text("question,answer\n水温高,风扇\n漏水,水泵\n异响,轴承\n", encoding="utf-8")
+    path = f"{data_file}:2.5, {tmp_path}/b.json, {tmp_path}/c.csv:0.5"
+    expected, data = dataset(settings, path, None), dataset(settings, path, tmp_path / "cache")
+    for found in (data, dataset(settings, path, tmp_path / "cache")):
+        assert list(found) == list(expected) and found.report == expected.report
+        assert [found.where(i) for i in range(len(found))] == [expected.where(i) for i in range(len(expected))]
+        assert found.lengths().tolist() == [len(row["input_ids"]) for row in expected]
+    assert data.report.kept == len(data) == 27 + 4 + 1 and data.where(31) == f"{tmp_path}/c.csv, line 3"
+    [stored] = (tmp_path / "cache").glob("*/input_ids")
+    parts = [dataset(settings, part, None) for part in (data_file, tmp_path / "b.json")]
+    assert stored.stat().st_size == 4 * (sum(part.report.tokens for part in parts) + len(data[31]["input_ids"]))
+
+
+def test_the_report_of_a_second_start_is_that_of_the_preparation(settings, data_file, tmp_path, monkeypatch):
+    damage_last_line(data_file)
+    settings = replace(settings, on_bad_row="skip", limits=Limits(60, 20))
+    expected = dataset(settings, data_file, None).report
+    assert expected.bad and len(list(expected.hints())) == 2
+    assert dataset(settings, data_file, tmp_path / "cache").report == expected
+    monkeypatch.setattr(prepare, "tokenize_block", lambda *args: pytest.fail("tokenized again"))
+    again = dataset(settings, data_file, tmp_path / "cache").report
+    assert (again, str(again), list(again.hints())) == (expected, str(expected), list(expected.hints()))
+
+
+def test_the_same_bad_rows_elsewhere_are_named_where_they_are(settings, data_file, tmp_path):
+    damage_last_line(data_file)
+    settings = replace(settings, on_bad_row="skip")
+    for path in (data_file, shutil.copy(data_file, tmp_path / "other.jsonl")):
+        assert dataset(settings, path, tmp_path / "cache").report.bad[0].startswith(f"{path}, line 12: ")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_row_that_does_not_fit_stops_where_that_is_asked_for(
+    num_workers, settings, data_file, tmp_path, monkeypatch, fork_server
+):
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 300)
+    settings = replace(settings, too_long="error", limits=Limits(400, 23))
+    expected = refused(lambda: dataset(settings, data_file, None), "does not fit into --max_src_len")
+    assert refused(lambda: prepared(data_file, settings, tmp_path / "cache", num_workers)) == expected
+
+
+def test_a_row_that_is_nested_too_deep_for_another_process_is_tokenized_all_the_same(
+    settings, rows, tmp_path, fork_server
+):
+    deep = json.loads("[" * 900 + "]" * 900)
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([*rows, {**rows[0], "other": deep}]), encoding="utf-8")
+    samples = prepared(path, settings, tmp_path / "cache", num_workers=2)
+    assert len(samples.columns["index"]) == 12
+
+
+def test_a_data_set_of_the_hub_is_read_at_every_start_and_a_saved_one_only_when_it_changes(
+    settings, rows, tmp_path, monkeypatch
+):
+    found = list(rows)
+    monkeypatch.setitem(files.READERS, "datasets", lambda path: enumerate(found, 1))
+    hub = [Source("hf://owner/name", "datasets", Fraction(1))]
+    assert blocks.content_of(hub[0]) is None and prepare.choose_workers(hub) > 0
+    samples = cache.prepared(hub, settings, tmp_path / "cache", num_workers=0)
+    found.pop()
+    again = cache.prepared(hub, settings, tmp_path / "cache", num_workers=0)
+    assert (len(samples.columns["index"]), len(again.columns["index"])) == (11, 10)
+
+    for name in ("state.json", "data.arrow"):
+        (tmp_path / "saved").mkdir(exist_ok=True)
+        (tmp_path / "saved" / name).write_text("{}")
+    first = dataset(settings, f"{tmp_path}/saved#train", tmp_path / "cache")
+    found.pop()
+    assert len(dataset(settings, f"{tmp_path}/saved#test", tmp_path / "cache")) == 9
+    assert len(dataset(settings, f"{tmp_path}/saved#train", tmp_path / "cache")) == len(first) == 10
+    (tmp_path / "saved/data.arrow").write_text("[]")
+    assert len(dataset(settings, f"{tmp_path}/saved#train", tmp_path / "cache")) == 9

@@ -1,0 +1,202 @@
+"""Length: what is cut, what is never cut, what is counted."""
+
+import pytest
+
+from glm_finetune import MODE
+from glm_finetune.config import TrainConfig
+from glm_finetune.data.dataset import InstructionDataset
+from glm_finetune.data.samples import Settings
+from glm_finetune.flags import parse
+from glm_finetune.modes.spec import TRUNCATIONS, Limits, cut_source, newest_rounds
+from tests.refusal import refused
+
+every_mode = pytest.mark.parametrize("mode", MODE)
+every_truncation = pytest.mark.parametrize("truncation", TRUNCATIONS)
+QUESTION = "甲乙丙丁戊己庚辛壬癸" * 6
+ANSWER = "一二三四五六七八九十" * 6
+
+
+@pytest.fixture
+def tokenizer(mode, checkpoints):
+    return MODE[mode].tokenizer.from_pretrained(checkpoints[mode])
+
+
+def turn(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def render(mode, tokenizer, messages, *limits):
+    return MODE[mode].render(tokenizer, messages, Limits(*limits) if limits else None)
+
+
+def special(tokenizer, ids):
+    return [i for i in ids if i in tokenizer.special_ids]
+
+
+@pytest.mark.parametrize(
+    "truncation, expected", [("tail", [0, 1, 2, 3, 8, 9]), ("head", [0, 5, 6, 7, 8, 9]), ("middle", [0, 1, 6, 7, 8, 9])]
+)
+def test_each_way_cuts_where_it_says_and_keeps_what_is_fixed(truncation, expected):
+    fixed = [i in (0, 8, 9) for i in range(10)]
+    assert cut_source(list(range(10)), Limits(99, 6, truncation), fixed) == expected
+
+
+def test_what_is_fixed_alone_must_fit():
+    refused(lambda: cut_source([1, 2, 3, 4], Limits(9, 2), [True, True, False, True]), "--max_src_len 2", "head")
+
+
+@every_mode
+@every_truncation
+@pytest.mark.parametrize("max_src_len", [12, 33, 80])
+def test_a_long_question_is_cut_to_the_limit_with_its_special_tokens_and_its_ending(
+    mode, tokenizer, truncation, max_src_len
+):
+    whole = render(mode, tokenizer, turn(QUESTION, "风"))
+    cut = render(mode, tokenizer, turn(QUESTION, "风"), 500, max_src_len, truncation, False)
+    removed = whole.num_source - max_src_len
+    assert cut.source_cut and not cut.target_cut and removed > 0
+    assert cut.num_source == max_src_len and len(cut.input_ids) == len(whole.input_ids) - removed
+    assert special(tokenizer, cut.input_ids) == special(tokenizer, whole.input_ids)
+    assert [x for x in cut.labels if x != -100] == [x for x in whole.labels if x != -100]
+    if MODE[mode].question_tail:
+        num_targets = sum(label != -100 for label in whole.labels)
+        num_kept = MODE[mode].question_tail + bool(whole.num_prefix) + num_targets  # [gMASK] stands between the two
+        assert cut.input_ids[-num_kept:] == whole.input_ids[-num_kept:]
+
+
+@every_mode
+@every_truncation
+def test_the_end_of_the_question_is_kept_by_all_but_tail(mode, tokenizer, truncation):
+    question = "头" + QUESTION + "尾"
+    cut = render(mode, tokenizer, turn(question, "风"), 500, 60, truncation, False)
+    text = tokenizer.decode(cut.input_ids)
+    assert ("尾" in text) == (truncation != "tail")
+    assert ("头" in text) == (truncation != "head")
+
+
+@every_mode
+@pytest.mark.parametrize("end_cut_answers", [False, True])
+def test_a_cut_answer_has_an_end_token_only_if_that_is_asked_for(mode, tokenizer, end_cut_answers):
+    end = tokenizer.eos_token_id
+    whole = render(mode, tokenizer, turn("风", ANSWER), 500, 100, "tail", end_cut_answers)
+    assert not whole.target_cut and whole.labels[-1] == end
+    overhead = MODE[mode].overhead - (3 if mode == "glm3" else 0)  # three that ChatGLM3's arithmetic never uses
+    fits = len(whole.input_ids) + MODE[mode].overhead - overhead
+    assert render(mode, tokenizer, turn("风", ANSWER), fits, 100, "tail", end_cut_answers) == whole
+    cut = render(mode, tokenizer, turn("风", ANSWER), fits - 1, 100, "tail", end_cut_answers)
+    assert cut.target_cut and len(cut.input_ids) <= fits - 1
+    assert (cut.labels[-1] == end) == end_cut_answers
+    assert cut.labels.count(end) == end_cut_answers
+    learnt = [x for x in cut.labels if x not in (-100, end)]
+    assert learnt == [x for x in whole.labels if x not in (-100, end)][: len(learnt)] and len(learnt) > 20
+
+
+@every_mode
+@every_truncation
+@pytest.mark.parametrize("max_len, max_src_len", [(40, 15), (90, 60), (120, 20), (300, 200)])
+def test_nothing_is_longer_than_the_limits_and_every_sample_still_asks_and_answers(
+    mode, tokenizer, truncation, max_len, max_src_len
+):
+    talk = [m for i in range(3) for m in turn(f"{i}" + QUESTION[: 20 * i + 5], f"{i}" + ANSWER[: 15 * i + 5])]
+    limits = Limits(max_len, max_src_len, truncation, False)
+    rendered = MODE[mode].samples(tokenizer, talk, limits)
+    assert rendered
+    for sample in rendered:
+        assert len(sample.input_ids) == len(sample.labels) <= max_len
+        assert sample.num_source <= max_src_len
+        assert sample.labels[0] == -100 and any(label != -100 for label in sample.labels)
+        assert (sample.labels[-1] in MODE[mode].stop_token_ids(tokenizer)) == (not sample.target_cut)
+
+
+@every_mode
+def test_head_forgets_the_oldest_rounds_and_asks_as_if_they_had_never_been(mode, tokenizer):
+    system = [{"role": "system", "content": "短"}]
+    rounds = [turn(f"问题{i}", f"回答{i}") for i in "甲乙丙丁"]
+    talk = system + [message for part in rounds for message in part]
+    newest = system + rounds[2] + rounds[3]
+    room = render(mode, tokenizer, newest).num_source
+    cut, alone = render(mode, tokenizer, talk, 300, room, "head", False), render(mode, tokenizer, newest)
+    assert cut.source_cut
+    assert (cut.input_ids, cut.labels) == (alone.input_ids, alone.labels)
+
+
+def test_rounds_are_forgotten_whole_and_the_last_one_stays():
+    talk = [m for i in range(4) for m in turn(f"q{i}", f"a{i}")]
+    system = [{"role": "system", "content": "s"}]
+    assert newest_rounds(system + talk, lambda kept: len(kept) <= 5) == system + talk[4:]
+    assert newest_rounds(talk, lambda kept: False) == talk[6:]
+    assert newest_rounds(talk, lambda kept: True) == talk
+
+
+@pytest.mark.parametrize("truncation", ["tail", "middle"])
+def test_role_tokens_that_do_not_fit_are_refused_by_all_but_head(checkpoints, truncation):
+    tokenizer = MODE["glm3"].tokenizer.from_pretrained(checkpoints["glm3"])
+    talk = [m for i in range(20) for m in turn("问", "答")]
+    refused(
+        lambda: MODE["glm3"].samples(tokenizer, talk, Limits(90, 30, truncation)),
+        "role tokens alone",
+        "--max_src_len 30",
+        "--truncation head",
+    )
+    assert len(MODE["glm3"].samples(tokenizer, talk, Limits(90, 30, "head"))) > 2
+
+
+# Drop and error, and the report
+
+
+@pytest.fixture
+def dataset(checkpoints, tmp_path):
+    """Function: rows of (question, answer), settings -> data set."""
+
+    def make(rows, limits=(60, 30, "tail", False), mode="glm3", **options):
+        lines = (f'{{"question": "{question}", "answer": "{answer}"}}\n' for question, answer in rows)
+        (tmp_path / "a.jsonl").write_text("".join(lines), encoding="utf-8")
+        tokenizer = MODE[mode].tokenizer.from_pretrained(checkpoints[mode])
+        return InstructionDataset(
+            tmp_path / "a.jsonl", Settings(MODE[mode].samples, tokenizer, Limits(*limits), **options)
+        )
+
+    return make
+
+
+ROWS = [("风", "风"), (QUESTION, "风"), ("风", ANSWER), (QUESTION, ANSWER), ("风", "")]
+
+
+def test_what_is_cut_dropped_and_empty_is_counted(dataset):
+    cut, dropped = dataset(ROWS).report, dataset(ROWS, too_long="drop").report
+    assert (cut.rows, cut.kept, cut.question_cut, cut.answer_cut, cut.skipped) == (5, 5, 2, 2, 0)
+    assert (dropped.rows, dropped.kept, dropped.question_cut, dropped.answer_cut, dropped.skipped) == (5, 2, 2, 2, 3)
+    assert cut.answer_empty == dropped.answer_empty == 1
+    assert cut.lengths.total() == cut.kept and cut.longest <= 60
+    assert "2 questions were cut" in "".join(cut.hints()) and not list(dropped.hints())
+
+
+def test_an_answer_with_no_room_at_all_is_no_sample(dataset):
+    data = dataset([("风", "风"), ("长" * 40, "风" * 40)], (36, 33, "tail", False))
+    assert (data.report.rows, data.report.kept, data.report.no_target) == (2, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "rows, part",
+    [
+        (ROWS[:2], "the question does not fit into --max_src_len"),
+        ([ROWS[0], ROWS[2]], "the answer does not fit into --max_len"),
+    ],
+)
+def test_error_names_the_line(dataset, rows, part):
+    refused(lambda: dataset(rows, too_long="error"), "a.jsonl, line 2", part)
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["--truncation", "left"], ["--truncation 'left'", "tail, head, middle, drop, error"]),
+        (["--train_on", "first"], ["--train_on 'first'", "all, last"]),
+        (["--template", "offical"], ["--template 'offical'", "Did you mean official?"]),
+        (["--on_bad_row", "ignore"], ["--on_bad_row 'ignore'", "stop, skip"]),
+        (["--is_skip", "--truncation", "error"], ["--is_skip", "--truncation error"]),
+    ],
+)
+def test_wrong_data_flags_are_named(arguments, parts):
+    needed = ["--model_name_or_path", "base", "--train_path", "data", "--output_dir", "out"]
+    refused(lambda: parse(TrainConfig, [*needed, *arguments]), *parts)
