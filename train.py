@@ -166,8 +166,8 @@ def build_and_train(config, mode, train_type, ds_config, precision, device):
     place = build.choose_place(config, train_type, ds_config, precision, device)
     model = build.load_base(mode, config.model_name_or_path, place, config.gradient_checkpointing)
     model = train_type.apply(model, config, mode)
+    progress, numbers, lock = Progress(), {}, checkpoint.lock(config.output_dir)  # sees a lost rank before the engine
     ds_engine = engine.new_engine(model, ds_config, config.weight_decay, config.loraplus_ratio)
-    progress, numbers, lock = Progress(), {}, checkpoint.lock(config.output_dir)
     if resume_from:
         nothing = to_device(collate_rows([without_targets(rows[0])]), device)
         progress, numbers = state.restore(ds_engine, resume_from / state.FOLDER, nothing, config.seed, device)

@@ -42,6 +42,7 @@ def act_in(module, name, rank, count, action):
         ("train", "to_device", 3, 2),
         ("train", "log", 2, 3),
         ("glm_finetune.build", "load_base", 1, 3),
+        ("glm_finetune.build", "load_base", 1, 2),
         ("glm_finetune.checkpoint", "gathered", 2, 3),
         ("glm_finetune.dist", "all_agree", 1, 2),
     ],
@@ -74,6 +75,7 @@ def test_the_words_of_the_rank_that_failed_come_last_from_one_of_the_others(
     assert codes.pop(rank) == code and codes == [1, 1], job.printed()
     text = job.printed()
     assert text.count("lost the others: ") == 2 and "without a word" not in text
+    assert text.count(f"error: rank {rank}: ") == 1
     own, repeated = text.rsplit(f"error: rank {rank}: ", 1)
     assert str(error) in own and repeated.splitlines()[-1].endswith(str(error))
     assert ("Traceback" in own) == ("Traceback" in repeated) == (code == 1)
