@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from glm_finetune.checkpoint import checkpoints as checkpoints_in
-from glm_finetune.checkpoint import damage
+from glm_finetune.checkpoint import damage, step_of
 from glm_finetune.exits import RESUME_ME
 from tests.ranks import Job, free_port
 from tests.refusal import contents
@@ -65,18 +65,25 @@ def unfinished(folder):
 
 
 def kill_somewhere(job, folder, where, share, load_secs, step_secs):
-    """Kill all ranks of a job while it loads, between saves, or within one; share: from 0 to 1, how late in that."""
-    before = checkpoints_in(folder)
+    """Kill all ranks of a job while it loads, between saves, or within one; share: from 0 to 1, how late in that.
+
+    Seconds were measured before and may be too many: a job gets no further than two steps beyond its first.
+    """
+    first = last_step(folder) + 1
     if where == "loading":
-        job.wait_for(lambda: job.seconds() > share * load_secs)
+        job.wait_for(lambda: job.seconds() > share * load_secs or last_step(folder) >= first)
     else:
-        job.wait_for(lambda: checkpoints_in(folder)[-1:] != before[-1:])
+        job.wait_for(lambda: last_step(folder) >= first)
         end = job.seconds() + share * 2 * step_secs
-        job.wait_for(lambda: job.seconds() > end)
+        job.wait_for(lambda: job.seconds() > end or last_step(folder) >= first + 2)
     if where == "saving":
         job.wait_for(lambda: unfinished(folder))
     job.kill()
     return job.seconds()
+
+
+def last_step(folder):
+    return step_of(checkpoints_in(folder)[-1]) if checkpoints_in(folder) else 0
 
 
 @pytest.fixture(params=[{}, {"async_save": True}], ids=["sync", "async"])
