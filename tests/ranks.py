@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
@@ -151,6 +152,7 @@ def _train_script(arguments, log, prepare):
         os.dup2(file, stream)
     sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))  # noqa: SIM115
     sys.argv = ["train.py", *map(str, arguments)]
+    tempfile.tempdir = str(log.parent)  # where ranks leave their words
     if prepare:
         prepare()
     train.exits.exit_with_message(train.main)
