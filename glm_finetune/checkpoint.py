@@ -1,6 +1,6 @@
 """What a training run leaves: output_dir/epoch-E-step-S/ with weights or an adapter, tokenizer and train_config.json.
 
-The only file that knows how ZeRO-3 gathers. A checkpoint is written under a temporary name and renamed when complete.
+A checkpoint is written under a temporary name and renamed when complete; what a run needs to go on is `state`'s.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ChatGLM3-6B, a variant of LoRA: VARIANT is dora (if it is not set), pissa or rslora. An adapter is saved.
-# One card with 24 GB by estimate: they take what LoRA takes, DoRA a little more.
+# One card. Not measured yet: they take what LoRA takes, DoRA more.
 # No dropout: PiSSA begins with the base's largest singular values, which it would disturb.
 # The scale is alpha / rank = 2, as in DoRA's paper; rsLoRA's is alpha / sqrt(rank) = 8. PiSSA's paper has alpha = rank.
 #

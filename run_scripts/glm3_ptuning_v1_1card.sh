@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ChatGLM3-6B, P-Tuning v1: 16 embeddings in front of the text learn, through an LSTM and an MLP, and are saved.
-# One card with 32 GB by estimate: LoRA's 20 and 4 for the encoder with its optimizer.
+# One card. Not measured yet: what LoRA takes, and the encoder with its optimizer (235 M parameters that learn).
 # --learning_rate is left out: the default of version 1 is 1e-3.
 #
 #   bash run_scripts/glm3_ptuning_v1_1card.sh [more flags; of one given twice the last counts]

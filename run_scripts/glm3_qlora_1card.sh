@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ChatGLM3-6B, QLoRA: low-rank matrices at every linear layer learn, beside a base in 4 bit; an adapter is saved.
-# One card with 16 GB by estimate: the base takes 4 GB instead of 12.5. Needs bitsandbytes.
+# For a small card: the base takes about 4 GB instead of 12.5. Not measured on a card yet. Needs bitsandbytes.
 # --learning_rate is left out: qlora's default is 2e-4, its paper's. On cards before Ampere append --precision fp16.
 #
 #   bash run_scripts/glm3_qlora_1card.sh [more flags; of one given twice the last counts]

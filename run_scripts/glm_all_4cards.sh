@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # ChatGLM-6B, all: every weight learns and is saved.
 # Four cards with 48 GB. It took 33 GB of each in ChatGLM-Finetuning (A40).
-# Weights and optimizer are divided among the cards and kept in host memory: 18 bytes a parameter, about 110 GB.
+# Weights and optimizer are divided among the cards and kept in host memory, which needs 14 bytes a parameter at least.
 #
 #   bash run_scripts/glm_all_4cards.sh [more flags; of one given twice the last counts]
 set -euo pipefail

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # ChatGLM-6B, the official P-Tuning v2 recipe for short texts: a prefix of 128 tokens without an MLP, 3,000 steps of 16.
-# One card with 16 GB by estimate: little learns and the texts are short.
-# The recipe was made for AdvertiseGen. Its rows as those of this project, then --train_path data/advertisegen.json:
-#   jq -c '{instruction: "", input: .content, output: .summary}' AdvertiseGen/train.json > data/advertisegen.json
+# One card. Not measured yet: little learns and the texts are short.
+# The recipe was made for AdvertiseGen, whose files are read as they are: append --train_path AdvertiseGen/train.json.
 # 131 tokens: 64 of the question, 64 of the answer and 3 special ones.
 #
 #   bash run_scripts/glm_ptuning_official_1card.sh [more flags; of one given twice the last counts]

@@ -1,6 +1,8 @@
 """No silent failure: what is not finite stops the run, or is skipped, before it reaches a weight, with its cause."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from glm_finetune.checkpoint import checkpoints as checkpoints_in
 from glm_finetune.config import TrainConfig
 from glm_finetune.guard import MAX_STILL, Guard
 from glm_finetune.tuning import TRAIN_TYPE
-from glm_finetune.weights import iter_tensors, read_json
+from glm_finetune.weights import iter_tensors, read_json, write_tensors
 from tests.ranks import run_ranks, train_arguments, train_main
 from tests.refusal import run_main
 
@@ -58,6 +60,15 @@ def fp16_main(arguments, *poison):
     accelerator.supported_dtypes = lambda: [torch.float32, torch.float16]
     accelerator.is_fp16_supported = lambda: True
     return poisoned_main(arguments, *poison) if poison else train_main(arguments)
+
+
+def one_rank_tells(arguments, rank):
+    """train_main, whose ValueError only one rank lets pass."""
+    try:
+        return train_main(arguments)
+    except ValueError:
+        if dist.rank() == rank:
+            raise
 
 
 def records_in(folder):
@@ -210,6 +221,19 @@ def test_weights_that_are_not_finite_when_read_are_named(checkpoints, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(read_json(checkpoints["glm2"] / "config.json")))
     with pytest.raises(ValueError, match=f"inf or nan among the values, as bfloat16 .1.: {name}"):
         MODE["glm2"].model.from_pretrained(tmp_path, dtype=torch.bfloat16)
+
+
+@pytest.mark.slow
+def test_weights_that_are_not_finite_are_named_on_every_rank_of_zero3(checkpoints, data_file, tmp_path):
+    base = Path(shutil.copytree(checkpoints["glm2"], tmp_path / "base"))
+    tensors = dict(iter_tensors(base))
+    name = "transformer.encoder.layers.0.mlp.dense_h_to_4h.weight"
+    tensors[name][0, 0] = float("nan")
+    write_tensors(tensors, base / "model.safetensors")
+    arguments = train_arguments("glm2", "all", base, data_file, tmp_path / "out", ds_file="ds_zero3_no_offload.json")
+    for rank_that_tells in (0, 1):
+        with pytest.raises(RuntimeError, match=f"inf or nan among the values, as float32 .1.: {name}"):
+            run_ranks(one_rank_tells, 2, arguments, rank_that_tells)
 
 
 @pytest.mark.slow

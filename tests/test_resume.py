@@ -5,13 +5,16 @@ import shutil
 
 import pytest
 import torch
+from sentencepiece import sentencepiece_model_pb2
 
 from glm_finetune.checkpoint import checkpoints as checkpoints_in
 from glm_finetune.checkpoint import damage, write_manifest
 from glm_finetune.resume import find_resume
 from glm_finetune.tuning import TRAIN_TYPE
 from tests.ranks import run_ranks, train_arguments, train_main
+from tests.test_matrix import TYPES
 from tests.test_training import assert_close, run
+from tests.tiny import make_checkpoint
 
 FLAGS = dict(num_train_epochs=2, save_model_step=2, per_device_train_batch_size=2)
 
@@ -30,12 +33,14 @@ def losses(records):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["zero2_no_offload", "zero3_no_offload"])
-@pytest.mark.parametrize("train_type", TRAIN_TYPE)
-def test_resumed_on_the_same_ranks_is_bit_equal(train_type, stage, checkpoints, data_file, tmp_path):
-    if TRAIN_TYPE[train_type].quantizes and "zero3" in stage:
-        pytest.skip("refused: see test_bad_input")
-    flags = dict(FLAGS, ds_file=f"ds_{stage}.json", lora_dropout=0.1)  # dropout: random numbers go on as well
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("kind", TYPES)
+def test_resumed_on_the_same_ranks_is_bit_equal(kind, stage, checkpoints, data_file, tmp_path):
+    train_type, flags = TYPES[kind]
+    if TRAIN_TYPE[train_type].quantizes and stage == 3:
+        pytest.skip("refused: see test_config")
+    # Dropout: random numbers go on as well.
+    flags = {**FLAGS, **flags, "ds_file": f"ds_zero{stage}_no_offload.json", "lora_dropout": 0.1, "prefix_dropout": 0.1}
     whole = run("glm2", train_type, checkpoints, data_file, tmp_path / "whole", 2, **flags)
     folder = stopped_copy(tmp_path / "whole", tmp_path / "again", step=2)  # in the middle of the first epoch
     again = run("glm2", train_type, checkpoints, data_file, folder, 2, **flags, resume="auto")
@@ -105,11 +110,19 @@ def test_resuming_another_run_is_refused_with_what_differs(finished, checkpoints
     root, arguments = finished
     latest = str(checkpoints_in(root / "out")[-1])
     (tmp_path / "other.jsonl").write_bytes((root / "data.jsonl").read_bytes() + (root / "data.jsonl").read_bytes())
+    other_base = make_checkpoint("glm3", tmp_path / "base", seq_length=1024)
+    other_tokenizer = shutil.copytree(checkpoints["glm3"], tmp_path / "tokenizer")
+    tokenizer = sentencepiece_model_pb2.ModelProto()
+    tokenizer.ParseFromString((other_tokenizer / "tokenizer.model").read_bytes())
+    tokenizer.pieces[-1].score -= 1
+    (other_tokenizer / "tokenizer.model").write_bytes(tokenizer.SerializeToString())
     for changes, expected in (
         (["--mode", "glm2", "--model_name_or_path", str(checkpoints["glm2"])], "mode: glm3 there, glm2 here"),
         (["--train_type", "all"], "train_type: lora there, all here"),
         (["--train_path", str(tmp_path / "other.jsonl")], "training data: .* --force"),
         (["--lora_dim", "4"], "lora_dim: 8 there, 4 here"),
+        (["--model_name_or_path", str(other_base)], "base: .* --force"),
+        (["--model_name_or_path", str(other_tokenizer)], "tokenizer: .* --force"),
     ):
         with pytest.raises(RuntimeError, match=expected):
             run_ranks(train_main, 1, [*arguments, "--resume", latest, *changes])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import predict
 from glm_finetune import MODE, build, tuning
 from glm_finetune.checkpoint import checkpoints as checkpoints_in
 from glm_finetune.config import TrainConfig
@@ -21,6 +22,7 @@ from glm_finetune.exits import RESUME_ME
 from glm_finetune.flags import parse, raise_together
 from tests.conftest import DATA
 from tests.ranks import free_port, run_ranks, train_main
+from tests.refusal import run_main
 
 ROOT = Path(__file__).parents[1]
 NOT_RECIPES = {"setup", "test", "quickstart"}
@@ -93,7 +95,8 @@ def test_the_script_is_valid_and_says_what_it_does_and_how_it_is_started(name):
     subprocess.run(["bash", "-n", str(path)], check=True)
     lines = path.read_text(encoding="utf-8").splitlines()
     comment = "\n".join(lines[: lines.index("set -euo pipefail")])
-    assert "ChatGLM" in comment and " GB" in comment and f"bash run_scripts/{name}.sh" in comment
+    assert "ChatGLM" in comment and f"bash run_scripts/{name}.sh" in comment
+    assert " GB" in comment or "Not measured" in comment
     assert max(map(len, lines)) <= 120
 
 
@@ -177,13 +180,16 @@ def test_the_preemptible_run_is_started_again_while_it_asks_for_it(exit_codes, e
     "name, variant",
     [*((name, "dora") for name in RECIPES), *(("glm3_lora_variant_1card", v) for v in ("pissa", "rslora"))],
 )
-def test_the_recipe_trains(name, variant, checkpoints, tmp_path):
+def test_the_recipe_trains_and_what_it_saved_answers(name, variant, checkpoints, tmp_path, monkeypatch, capsys):
     _, (call,) = start(name, tmp_path / "stub", *tiny(name, checkpoints, tmp_path / "out"), VARIANT=variant)
     run_ranks(train_main, 1 if name.endswith("1card") else 2, flags_of(call))
     records = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2]
     assert all(math.isfinite(record["loss"]) and record["grad_norm"] > 0 for record in records)
-    assert checkpoints_in(tmp_path / "out")[-1].name.endswith("-step-2")
+    saved = checkpoints_in(tmp_path / "out")[-1]
+    assert saved.name.endswith("-step-2")
+    question = ["--instruction", "你好", "--max_new_tokens", "4", "--device", "cpu"]
+    assert run_main(predict, monkeypatch, capsys, "--model_path", saved, *question) == (0, "")
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from glm_finetune.tuning import TRAIN_TYPE
 from glm_finetune.tuning.lora import load_adapter
 from glm_finetune.tuning.ptuning import write_prefix
 from glm_finetune.tuning.quantize import Quantized
+from tests.ranks import run_ranks
 from tests.refusal import run_main
 from tests.test_training import assert_close, run
 
@@ -114,6 +115,32 @@ def test_a_prefix_learns_is_small_and_gives_its_loss_again(mode, name, checkpoin
     assert len(tensors) == (5 if name == "version 2 encoder" else 1)
     mode_name, tokenizer, model = load_trained(folder, "ptuning", flags)
     assert mean_loss(model, mode_name, tokenizer, data_file) == pytest.approx(evaluated[-1], rel=1e-5)
+
+
+def base_dtypes(folder, stage):
+    """What the base's and the prefix's weights are held in, on a rank of a bf16 run."""
+    import os
+
+    from glm_finetune import engine
+    from glm_finetune.ds_config import read_ds_file, resolve
+
+    needed = ["--mode", "glm2", "--train_type", "ptuning", "--model_name_or_path", folder, "--train_path", "x"]
+    config = parse(TrainConfig, [*needed, "--output_dir", "y", "--learning_rate", "0.1"])
+    mode, train_type = build.choose(config)
+    engine.start(CPU)
+    ds_json = read_ds_file(f"ds_zero{stage}_no_offload.json")
+    ds_config = resolve(ds_json, config, int(os.environ["WORLD_SIZE"]), "bf16", "cpu", train_type.fp32)
+    place = build.choose_place(config, train_type, ds_config, "bf16", CPU)
+    model = train_type.apply(build.load_base(mode, folder, place), config, mode)
+    module = engine.new_engine(model, ds_config, 0.1).module
+    return {("prefix" if "prefix_encoder" in name else "base"): p.dtype for name, p in module.named_parameters()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_bf16_base_is_held_in_bf16_beside_an_fp32_prefix(stage, checkpoints):
+    expected = {"base": torch.bfloat16, "prefix": torch.float32}
+    assert run_ranks(base_dtypes, 2, str(checkpoints["glm2"]), stage) == [expected, expected]
 
 
 @pytest.mark.slow
@@ -254,6 +281,15 @@ def test_loraplus_multiplies_the_learning_rate_of_the_b_matrices(checkpoints):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert ratios[id(parameter)] == (16.0 if "lora_B" in name else 1.0), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ratio", [1, 8])
+def test_loraplus_reaches_the_optimizer(ratio, checkpoints, data_file, tmp_path):
+    flags = dict(max_steps=1, learning_rate=1e-3, warmup_ratio=0, weight_decay=0, loraplus_ratio=ratio)
+    _, tensors, _, _ = run("glm3", "lora", checkpoints, data_file, tmp_path / "out", **flags)
+    moved = max(tensor.abs().max().item() for name, tensor in tensors.items() if "lora_B" in name)
+    assert moved == pytest.approx(ratio * 1e-3, rel=1e-2)  # B begins at 0, and Adam's first step is the learning rate
 
 
 @pytest.mark.parametrize("bits, most", [(4, 0.35), (8, 0.6)])

@@ -119,9 +119,8 @@ def problems(config, train_type, stage):
         yield "--freeze_last and --freeze_module_name both say what stays trainable: give one of them."
     if train_type.quantizes and stage == 3:
         yield (
-            f"--train_type {train_type.name} with a ZeRO-3 file: ZeRO-3 would cut the packed numbers of a quantised "
-            "weight apart from the scales that belong to them. Use a ds_zero2_*.json; the quantised base of a 6B model "
-            "takes 4 GB on each card."
+            f"--train_type {train_type.name} with ZeRO-3: weights are quantised or divided as they are read, not "
+            "both. Use a ds_zero2_*.json; the quantised base of a 6B model takes about 4 GB on each card."
         )
     if train_type.quantizes and config.lora_variant == "pissa":
         yield "--lora_variant pissa changes the base's weights, which qlora has quantised: use --train_type lora."
