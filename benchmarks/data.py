@@ -83,7 +83,7 @@ def secs(function, *args):
 def settings_of(tokenizer_folder):
     """Those of ChatGLM-Finetuning, with whose rows ours are compared."""
     tokenizer = MODE[MODE_NAME].tokenizer.from_pretrained(tokenizer_folder)
-    return Settings(MODE[MODE_NAME].samples, tokenizer, Limits(MAX_LEN, MAX_SRC_LEN))
+    return Settings(MODE[MODE_NAME].form, tokenizer, Limits(MAX_LEN, MAX_SRC_LEN))
 
 
 def prepare(path, settings, num_workers):

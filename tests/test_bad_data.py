@@ -42,7 +42,7 @@ def dataset(checkpoints, tmp_path):
     def make(content, name="data.jsonl", **options):
         (tmp_path / name).write_bytes(content)
         tokenizer = MODE["glm3"].tokenizer.from_pretrained(checkpoints["glm3"])
-        settings = Settings(MODE["glm3"].samples, tokenizer, Limits(400, 200, "tail", False), **options)
+        settings = Settings(MODE["glm3"].form, tokenizer, Limits(400, 200, "tail", False), **options)
         return InstructionDataset(tmp_path / name, settings)
 
     return make
@@ -149,7 +149,7 @@ def mutants(value):
 @pytest.mark.parametrize("name", RICH)
 def test_whatever_is_in_a_row_is_a_sample_or_one_clear_error(name, checkpoints):
     tokenizer = MODE["glm3"].tokenizer.from_pretrained(checkpoints["glm3"])
-    settings = Settings(MODE["glm3"].samples, tokenizer, Limits(400, 200, "head", False), data_format=name)
+    settings = Settings(MODE["glm3"].form, tokenizer, Limits(400, 200, "head", False), data_format=name)
     assert prepare_row("file, line 7", RICH[name], settings)
     outcomes = []
     for mutant in mutants(RICH[name]):

@@ -34,7 +34,7 @@ def settings(checkpoints):
 
 def settings_of(mode, checkpoints, **options):
     tokenizer = MODE[mode].tokenizer.from_pretrained(checkpoints[mode])
-    return Settings(MODE[mode].samples, tokenizer, **{"limits": LIMITS, **options})
+    return Settings(MODE[mode].form, tokenizer, **{"limits": LIMITS, **options})
 
 
 def dataset(settings, path, cache_dir, **options):
@@ -136,7 +136,7 @@ def test_the_name_of_the_cache_follows_from_all_that_decides_the_rows(settings, 
     folder = shutil.copytree(checkpoints["glm3"], tmp_path / "base")
     (folder / "tokenizer_config.json").write_text('{"do_lower_case": true}')
     changes = {
-        "samples": [MODE["glm2"].samples],
+        "form": [MODE["glm2"].form],
         "tokenizer": [MODE["glm3"].tokenizer.from_pretrained(folder), settings_of("glm2", checkpoints).tokenizer],
         "limits": [Limits(127, 64), Limits(128, 63), Limits(128, 64, "head"), Limits(128, 64, end_cut_answers=False)],
         "template": ["official"],
@@ -249,21 +249,24 @@ def test_no_room_for_the_cache_is_said_with_the_flag(settings, data_file, tmp_pa
 
 KILLED = """
 import sys
-from tests.test_cache import MODE, LIMITS, Settings, blocks, cache, prepared, slow_samples
+from tests.test_cache import MODE, LIMITS, Settings, blocks, cache, prepared, SLOW_FORM
 blocks.BLOCK_BYTES = 300
 base, data, folder, num_workers = sys.argv[1:]
-settings = Settings(slow_samples, MODE["glm3"].tokenizer.from_pretrained(base), LIMITS)
+settings = Settings(SLOW_FORM, MODE["glm3"].tokenizer.from_pretrained(base), LIMITS)
 cache.key_of = lambda *args: "key"
 prepared(data, settings, folder, int(num_workers))
 """
 
 
-def slow_samples(tokenizer, messages, *args):
-    """Samples, until a row comes that takes for ever."""
+def slow_draft(tokenizer, messages, *args):
+    """Drafts, until a row comes that takes for ever."""
     if "never" in messages[0]["content"]:
         print("half", flush=True)
         time.sleep(600)
-    return MODE["glm3"].samples(tokenizer, messages, *args)
+    return MODE["glm3"].form.draft(tokenizer, messages, *args)
+
+
+SLOW_FORM = replace(MODE["glm3"].form, draft=slow_draft)
 
 
 @pytest.mark.slow

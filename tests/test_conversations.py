@@ -47,7 +47,7 @@ TALK = [user("水温高"), answer("先看风扇。"), user("风扇转"), answer(
 )
 def test_ids_and_labels_are_those_of_the_official_data_classes(mode, case):
     settings = Settings(
-        MODE[mode].samples,
+        MODE[mode].form,
         tokenizer_of(mode),
         WIDE,
         template="official_rounds",
@@ -213,7 +213,7 @@ def test_no_text_in_a_row_becomes_a_special_token(mode):
     for name, shape in shapes.items():
         special = []
         for text in ("风", hostile):
-            settings = Settings(MODE[mode].samples, tokenizer, WIDE, data_format=name)
+            settings = Settings(MODE[mode].form, tokenizer, WIDE, data_format=name)
             ids = [s.input_ids for s in prepare_row("row", shape(text), settings)]
             special.append([[i for i in row if i in tokenizer.special_ids] for row in ids])
             assert all(ids)

@@ -50,7 +50,7 @@ def settings(checkpoints):
 
     def make(mode="glm3", **options):
         tokenizer = MODE[mode].tokenizer.from_pretrained(checkpoints[mode])
-        return Settings(MODE[mode].samples, tokenizer, **{"limits": WIDE, **options})
+        return Settings(MODE[mode].form, tokenizer, **{"limits": WIDE, **options})
 
     return make
 

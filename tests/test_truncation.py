@@ -7,7 +7,8 @@ from glm_finetune.config import TrainConfig
 from glm_finetune.data.dataset import InstructionDataset
 from glm_finetune.data.samples import Settings
 from glm_finetune.flags import parse
-from glm_finetune.modes.spec import TRUNCATIONS, Limits, cut_source, newest_rounds
+from glm_finetune.modes.form import FIXED, SOURCE, Draft, Form, newest_rounds
+from glm_finetune.modes.spec import TRUNCATIONS, Limits
 from tests.refusal import refused
 
 every_mode = pytest.mark.parametrize("mode", MODE)
@@ -33,16 +34,32 @@ def special(tokenizer, ids):
     return [i for i in ids if i in tokenizer.special_ids]
 
 
+class Digits:
+    """A tokenizer with an id for each digit."""
+
+    @staticmethod
+    def encode_text(text):
+        return [int(digit) for digit in text]
+
+
+def cut(truncation, max_src_len, question_tail):
+    """The ids left of a source of one special token, a text of nine, and one more special token that nobody counts."""
+    draft = Draft(((0,), "123456789", (99,)), (SOURCE, SOURCE, FIXED), (False,) * 3)
+    form = Form(lambda *_: draft, question_tail, overhead=0)
+    talk = [{"role": "user", "content": ""}]
+    return form.render(Digits, talk, Limits(99, max_src_len, truncation)).input_ids
+
+
 @pytest.mark.parametrize(
     "truncation, expected", [("tail", [0, 1, 2, 3, 8, 9]), ("head", [0, 5, 6, 7, 8, 9]), ("middle", [0, 1, 6, 7, 8, 9])]
 )
 def test_each_way_cuts_where_it_says_and_keeps_what_is_fixed(truncation, expected):
-    fixed = [i in (0, 8, 9) for i in range(10)]
-    assert cut_source(list(range(10)), Limits(99, 6, truncation), fixed) == expected
+    assert cut(truncation, 6, question_tail=2) == [*expected, 99]
 
 
 def test_what_is_fixed_alone_must_fit():
-    refused(lambda: cut_source([1, 2, 3, 4], Limits(9, 2), [True, True, False, True]), "--max_src_len 2", "head")
+    assert cut("tail", 4, question_tail=3) == [0, 7, 8, 9, 99]
+    refused(lambda: cut("tail", 3, question_tail=3), "--max_src_len 3", "head")
 
 
 @every_mode
@@ -58,9 +75,9 @@ def test_a_long_question_is_cut_to_the_limit_with_its_special_tokens_and_its_end
     assert cut.num_source == max_src_len and len(cut.input_ids) == len(whole.input_ids) - removed
     assert special(tokenizer, cut.input_ids) == special(tokenizer, whole.input_ids)
     assert [x for x in cut.labels if x != -100] == [x for x in whole.labels if x != -100]
-    if MODE[mode].question_tail:
+    if MODE[mode].form.question_tail:
         num_targets = sum(label != -100 for label in whole.labels)
-        num_kept = MODE[mode].question_tail + bool(whole.num_prefix) + num_targets  # [gMASK] stands between the two
+        num_kept = MODE[mode].form.question_tail + bool(whole.num_prefix) + num_targets  # [gMASK] is between the two
         assert cut.input_ids[-num_kept:] == whole.input_ids[-num_kept:]
 
 
@@ -80,8 +97,8 @@ def test_a_cut_answer_has_an_end_token_only_if_that_is_asked_for(mode, tokenizer
     end = tokenizer.eos_token_id
     whole = render(mode, tokenizer, turn("风", ANSWER), 500, 100, "tail", end_cut_answers)
     assert not whole.target_cut and whole.labels[-1] == end
-    overhead = MODE[mode].overhead - (3 if mode == "glm3" else 0)  # three that ChatGLM3's arithmetic never uses
-    fits = len(whole.input_ids) + MODE[mode].overhead - overhead
+    overhead = MODE[mode].form.overhead - (3 if mode == "glm3" else 0)  # three that ChatGLM3's arithmetic never uses
+    fits = len(whole.input_ids) + MODE[mode].form.overhead - overhead
     assert render(mode, tokenizer, turn("风", ANSWER), fits, 100, "tail", end_cut_answers) == whole
     cut = render(mode, tokenizer, turn("风", ANSWER), fits - 1, 100, "tail", end_cut_answers)
     assert cut.target_cut and len(cut.input_ids) <= fits - 1
@@ -109,23 +126,27 @@ def test_nothing_is_longer_than_the_limits_and_every_sample_still_asks_and_answe
 
 
 @every_mode
-def test_head_forgets_the_oldest_rounds_and_asks_as_if_they_had_never_been(mode, tokenizer):
+@pytest.mark.parametrize("spare", [0, 1, 7])
+def test_head_forgets_the_oldest_rounds_and_asks_as_if_they_had_never_been(mode, tokenizer, spare):
     system = [{"role": "system", "content": "短"}]
-    rounds = [turn(f"问题{i}", f"回答{i}") for i in "甲乙丙丁"]
+    rounds = [turn(f"问题{i}" * 5, f"回答{i}" * 5) for i in "甲乙丙丁"]
     talk = system + [message for part in rounds for message in part]
     newest = system + rounds[2] + rounds[3]
-    room = render(mode, tokenizer, newest).num_source
-    cut, alone = render(mode, tokenizer, talk, 300, room, "head", False), render(mode, tokenizer, newest)
+    room = render(mode, tokenizer, newest).num_source + spare
+    cut, alone = render(mode, tokenizer, talk, 500, room, "head", False), render(mode, tokenizer, newest)
     assert cut.source_cut
     assert (cut.input_ids, cut.labels) == (alone.input_ids, alone.labels)
+    asked = [render(mode, tokenizer, messages[:-1], 500, room, "head", False) for messages in (talk, newest)]
+    assert asked[0].input_ids == asked[1].input_ids
 
 
 def test_rounds_are_forgotten_whole_and_the_last_one_stays():
     talk = [m for i in range(4) for m in turn(f"q{i}", f"a{i}")]
     system = [{"role": "system", "content": "s"}]
-    assert newest_rounds(system + talk, lambda kept: len(kept) <= 5) == system + talk[4:]
-    assert newest_rounds(talk, lambda kept: False) == talk[6:]
-    assert newest_rounds(talk, lambda kept: True) == talk
+    assert list(newest_rounds(system + talk, [8])) == [(system + talk[i:], [8 - i]) for i in (2, 4, 6)]
+    assert list(newest_rounds(talk, [3])) == [(talk[2:], [1])]  # what comes after the answer is left in its place
+    assert list(newest_rounds(talk[:-1], [])) == [(talk[i:-1], []) for i in (2, 4, 6)]
+    assert list(newest_rounds(talk[:1], [])) == list(newest_rounds(system, [])) == []
 
 
 @pytest.mark.parametrize("truncation", ["tail", "middle"])
@@ -153,7 +174,7 @@ def dataset(checkpoints, tmp_path):
         (tmp_path / "a.jsonl").write_text("".join(lines), encoding="utf-8")
         tokenizer = MODE[mode].tokenizer.from_pretrained(checkpoints[mode])
         return InstructionDataset(
-            tmp_path / "a.jsonl", Settings(MODE[mode].samples, tokenizer, Limits(*limits), **options)
+            tmp_path / "a.jsonl", Settings(MODE[mode].form, tokenizer, Limits(*limits), **options)
         )
 
     return make

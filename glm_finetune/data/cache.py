@@ -65,7 +65,7 @@ def key_of(sources, contents, settings):
     tokenizer = settings.tokenizer
     files = [tokenizer.folder / tokenizer.model_file, tokenizer.folder / "tokenizer_config.json"]
     others = {item.name: getattr(settings, item.name) for item in fields(settings)}
-    del others["samples"], others["tokenizer"], others["limits"]
+    del others["form"], others["tokenizer"], others["limits"]
     named = [source.path if content is None else content for source, content in zip(sources, contents)]
     skips = settings.on_bad_row == "skip"  # the report then names files
     parts = {
@@ -74,7 +74,7 @@ def key_of(sources, contents, settings):
         "paths": [source.path for source in sources] if skips else [],
         "tokenizer": [type(tokenizer).__qualname__, *(_sha256(file) for file in files if file.is_file())],
         "sentencepiece": sentencepiece.__version__,
-        "samples": f"{settings.samples.__module__}.{settings.samples.__qualname__}",
+        "form": f"{settings.form.draft.__module__}.{settings.form.draft.__qualname__}",
         "code": code_version(),
         "limits": asdict(settings.limits),
         **others,

@@ -99,16 +99,14 @@ class PreparedRows:
         return np.diff(self.columns["ends"], prepend=0)[self.columns["index"]]
 
 
-def original_dataset(
-    samples, question_tail, overhead, path, tokenizer, max_len=1024, max_src_len=256, is_skip=False, progress=False
-):
+def original_dataset(form, path, tokenizer, max_len=1024, max_src_len=256, is_skip=False, progress=False):
     """Mode.dataset: the data set as ChatGLM-Finetuning makes it, an end token after cut answers included.
 
     max_len, max_src_len: tokens of a sample, of its question. is_skip: leave out rows that do not fit instead of
     cutting them. Raises ValueError for limits that leave no room, and as InstructionDataset.
     """
-    check_limits(max_len, max_src_len, question_tail, overhead)
-    settings = Settings(samples, tokenizer, Limits(max_len, max_src_len), too_long="drop" if is_skip else "cut")
+    check_limits(max_len, max_src_len, form)
+    settings = Settings(form, tokenizer, Limits(max_len, max_src_len), too_long="drop" if is_skip else "cut")
     return InstructionDataset(path, settings, progress)
 
 

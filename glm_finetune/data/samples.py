@@ -5,7 +5,6 @@ for source in list_sources(path):
     for number, row in source.rows(): prepare_row(source.where(number), row, of_source(source, settings))
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from glm_finetune.data.files import Unreadable, list_sources
@@ -17,12 +16,12 @@ from glm_finetune.modes.spec import TRUNCATIONS, Limits
 class Settings:
     """All that samples depend on besides their rows; picklable.
 
-    samples: Mode.samples. data_format: name of a format, None: told from the first rows of each file. columns: field
+    form: Mode.form. data_format: name of a format, None: told from the first rows of each file. columns: field
     -> column. too_long: what becomes of a sample that does not fit: "cut", "drop" or "error". on_bad_row: "stop" or
     "skip".
     """
 
-    samples: Callable
+    form: object
     tokenizer: object
     limits: Limits
     template: str = "train"
@@ -36,7 +35,7 @@ class Settings:
 
 def settings_of(config, mode, tokenizer):
     """Flags -> Settings. Raises ValueError for lengths that leave no room and names that no format has."""
-    check_limits(config.max_len, config.max_src_len, mode.question_tail, mode.overhead)
+    check_limits(config.max_len, config.max_src_len, mode.form)
     cuts = config.truncation in TRUNCATIONS
     limits = Limits(
         config.max_len,
@@ -45,7 +44,7 @@ def settings_of(config, mode, tokenizer):
         end_cut_answers=config.end_cut_answers,
     )
     return Settings(
-        mode.samples,
+        mode.form,
         tokenizer,
         limits,
         config.template,
@@ -58,18 +57,18 @@ def settings_of(config, mode, tokenizer):
     )
 
 
-def check_limits(max_len, max_src_len, question_tail, overhead):
+def check_limits(max_len, max_src_len, form):
     """Raise ValueError unless a question of max_src_len tokens fits into max_len, and its ending into max_src_len."""
     if max_src_len >= max_len:
         raise ValueError(f"--max_src_len {max_src_len} must be below --max_len {max_len}: the answer needs room too.")
-    if max_src_len + overhead > max_len:
+    if max_src_len + form.overhead > max_len:
         raise ValueError(
             f"--max_len {max_len} leaves no room for an answer after --max_src_len {max_src_len} and the "
-            f"{overhead} special tokens of this mode: use --max_len {max_src_len + overhead + 1} or more."
+            f"{form.overhead} special tokens of this mode: use --max_len {max_src_len + form.overhead + 1} or more."
         )
-    if max_src_len < max(1, question_tail):
+    if max_src_len < max(1, form.question_tail):
         raise ValueError(
-            f"--max_src_len {max_src_len} is too small: the ending of a question alone is {question_tail}."
+            f"--max_src_len {max_src_len} is too small: the ending of a question alone is {form.question_tail}."
         )
 
 
@@ -126,8 +125,9 @@ def prepare_row(where, row, settings):
     not fit.
     """
     messages = messages_in(where, row, settings)
+    form, tokenizer = settings.form, settings.tokenizer
     try:
-        rendered = settings.samples(settings.tokenizer, messages, settings.limits, settings.template, settings.train_on)
+        rendered = form.samples(tokenizer, messages, settings.limits, settings.template, settings.train_on)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     for one in rendered:

@@ -3,6 +3,7 @@
 A sample is `question [gMASK] <sop> answer <eop>`; everything before <sop> is the bidirectional prefix. <sop> itself
 is a target (predicted from [gMASK]), as in the original. Every answer of a conversation is a sample of its own, with
 the rounds before it in the prefix: an earlier answer sees what comes after it there, so it cannot be a target too.
+Plain text is `[gMASK] <sop> text <eop>`: GLM's generation with nothing before it.
 """
 
 import re
@@ -11,21 +12,11 @@ from functools import partial
 import torch
 
 from glm_finetune.data.dataset import original_dataset
-from glm_finetune.loss import IGNORE
 from glm_finetune.models.glm import ChatGLMConfig, ChatGLMForConditionalGeneration
-from glm_finetune.modes.spec import (
-    Mode,
-    Rendered,
-    each_turn,
-    finish_pair,
-    finish_target,
-    prompt_ids,
-    text_samples,
-)
+from glm_finetune.modes.form import ANSWER, FIXED, SOURCE, Draft, Form
+from glm_finetune.modes.spec import Mode, finish_pair, split_turns
 from glm_finetune.modes.tokenizer import ChatGLMTokenizer
 
-QUESTION_TAIL = 3  # 答 ： and what they are worth in tokens in the original
-OVERHEAD = 3  # [gMASK] <sop> <eop>
 # Full-width forms that the model writes as ASCII (its tokenizer folds them); restored next to Chinese characters.
 PUNCTUATION = ((",", "，"), ("!", "！"), (":", "："), (";", "；"), (r"\?", "？"))
 
@@ -43,27 +34,14 @@ def prompt(history, question, template="train"):
     return f"{past}[Round {first + len(history)}]\n问：{question}\n答："
 
 
-def render(tokenizer, messages, limits=None, template="train"):
-    """See Mode.render."""
-    source, source_cut = prompt_ids(tokenizer, messages, limits, prompt, template, QUESTION_TAIL)
-    context = source + [tokenizer.gmask_token_id]
-    ids = context + [tokenizer.bos_token_id]
-    if messages[-1]["role"] != "assistant":
-        return Rendered(ids, [IGNORE] * len(ids), len(context), source_cut)
-    room = limits and limits.max_len - OVERHEAD - len(source)
-    target = tokenizer.encode_text(messages[-1]["content"])
-    target, target_cut = finish_target(target, room, tokenizer.eos_token_id, limits)
-    ids = ids + target
-    labels = [IGNORE] * len(context) + ids[len(context) :]
-    return Rendered(ids, labels, len(context), source_cut, target_cut, not messages[-1]["content"], len(source))
-
-
-def samples(tokenizer, messages, limits=None, template="train", train_on="all"):
-    """See Mode.samples. Plain text is `[gMASK] <sop> text <eop>`: GLM's generation with nothing before it."""
-    if messages[0]["role"] == "text":
-        ids, begin = tokenizer.encode_text(messages[0]["content"]), [tokenizer.gmask_token_id, tokenizer.bos_token_id]
-        return text_samples(ids, begin, tokenizer.eos_token_id, limits, num_prefix=1)
-    return each_turn(render, tokenizer, messages, limits, template, train_on)
+def draft(tokenizer, messages, template, trained):
+    """See Form.draft."""
+    history, question, answer = split_turns(messages[: trained[-1] + 1] if trained else messages)
+    asked = prompt(history, question, template), (tokenizer.gmask_token_id,), (tokenizer.bos_token_id,)
+    if not trained:
+        return Draft(asked, (SOURCE, FIXED, FIXED), (False, False, False), 2)
+    parts = (*asked, answer, (tokenizer.eos_token_id,))
+    return Draft(parts, (SOURCE, FIXED, FIXED, ANSWER, FIXED), (False, False, True, True, True), 2, not answer)
 
 
 def positions(num_tokens, num_prefix):
@@ -83,16 +61,19 @@ def clean_response(text, history=None):
     return text, history
 
 
+FORM = Form(
+    draft,
+    question_tail=3,  # 答 ： and what they are worth in tokens in the original
+    overhead=3,  # [gMASK] <sop> <eop>
+    text_prefix=1,
+)
 GLM = Mode(
     name="glm",
     config=ChatGLMConfig,
     model=ChatGLMForConditionalGeneration,
     tokenizer=ChatGLMTokenizer,
-    dataset=partial(original_dataset, samples, QUESTION_TAIL, OVERHEAD),
-    render=render,
-    samples=samples,
-    question_tail=QUESTION_TAIL,
-    overhead=OVERHEAD,
+    form=FORM,
+    dataset=partial(original_dataset, FORM),
     positions=positions,
     clean_response=clean_response,
     finish_turn=partial(finish_pair, clean_response),

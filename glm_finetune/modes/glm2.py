@@ -10,21 +10,11 @@ from functools import partial
 import torch
 
 from glm_finetune.data.dataset import original_dataset
-from glm_finetune.loss import IGNORE
 from glm_finetune.models.glm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration
-from glm_finetune.modes.spec import (
-    Mode,
-    Rendered,
-    each_turn,
-    finish_pair,
-    finish_target,
-    prompt_ids,
-    text_samples,
-)
+from glm_finetune.modes.form import ANSWER, FIXED, SOURCE, Draft, Form
+from glm_finetune.modes.spec import Mode, finish_pair, split_turns
 from glm_finetune.modes.tokenizer import ChatGLM2Tokenizer
 
-QUESTION_TAIL = 4  # the tokens of "\n\n答：" that the original keeps when it cuts a question
-OVERHEAD = 3  # [gMASK] sop </s>
 TINY_CONFIG = dict(
     hidden_size=32,
     num_layers=2,
@@ -63,26 +53,14 @@ def prompt(history, question, template="train"):
     return f"{past}[Round {len(history) + 1}]\n\n问：{question}\n\n答："
 
 
-def render(tokenizer, messages, limits=None, template="train"):
-    """See Mode.render."""
-    source, source_cut = prompt_ids(tokenizer, messages, limits, prompt, template, QUESTION_TAIL)
-    ids = tokenizer.prefix_ids + source
-    if messages[-1]["role"] != "assistant":
-        return Rendered(ids, [IGNORE] * len(ids), 0, source_cut)
-    room = limits and limits.max_len - OVERHEAD - len(source)
-    target = tokenizer.encode_text(messages[-1]["content"])
-    target, target_cut = finish_target(target, room, tokenizer.eos_token_id, limits)
-    return Rendered(
-        ids + target, [IGNORE] * len(ids) + target, 0, source_cut, target_cut, not messages[-1]["content"], len(source)
-    )
-
-
-def samples(tokenizer, messages, limits=None, template="train", train_on="all"):
-    """See Mode.samples."""
-    if messages[0]["role"] == "text":
-        ids = tokenizer.encode_text(messages[0]["content"])
-        return text_samples(ids, tokenizer.prefix_ids, tokenizer.eos_token_id, limits, num_prefix=0)
-    return each_turn(render, tokenizer, messages, limits, template, train_on)
+def draft(tokenizer, messages, template, trained):
+    """See Form.draft."""
+    history, question, answer = split_turns(messages[: trained[-1] + 1] if trained else messages)
+    asked = tuple(tokenizer.prefix_ids), prompt(history, question, template)
+    if not trained:
+        return Draft(asked, (FIXED, SOURCE), (False, False))
+    parts = (*asked, answer, (tokenizer.eos_token_id,))
+    return Draft(parts, (FIXED, SOURCE, ANSWER, FIXED), (False, False, True, True), 0, not answer)
 
 
 def positions(num_tokens, num_prefix):
@@ -95,16 +73,18 @@ def clean_response(text, history=None):
     return text.strip().replace("[[训练时间]]", "2023年"), history
 
 
+FORM = Form(
+    draft,
+    question_tail=4,  # the tokens of "\n\n答：" that the original keeps
+    overhead=3,  # [gMASK] sop </s>
+)
 GLM2 = Mode(
     name="glm2",
     config=ChatGLM2Config,
     model=ChatGLM2ForConditionalGeneration,
     tokenizer=ChatGLM2Tokenizer,
-    dataset=partial(original_dataset, samples, QUESTION_TAIL, OVERHEAD),
-    render=render,
-    samples=samples,
-    question_tail=QUESTION_TAIL,
-    overhead=OVERHEAD,
+    form=FORM,
+    dataset=partial(original_dataset, FORM),
     positions=positions,
     clean_response=clean_response,
     finish_turn=partial(finish_pair, clean_response),

@@ -10,113 +10,50 @@ import json
 from functools import partial
 
 from glm_finetune.data.dataset import original_dataset
-from glm_finetune.loss import IGNORE
 from glm_finetune.models.glm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration
+from glm_finetune.modes.form import ANSWER, FIXED, SOURCE, Draft, Form
 from glm_finetune.modes.glm2 import TINY_CONFIG, positions
-from glm_finetune.modes.spec import (
-    Mode,
-    Rendered,
-    cut_source,
-    finish_target,
-    newest_rounds,
-    text_samples,
-    trained_turns,
-)
+from glm_finetune.modes.spec import Mode
 from glm_finetune.modes.tokenizer import ChatGLM3Tokenizer
 
-QUESTION_TAIL = 0  # the original cuts a long question at its end
-OVERHEAD = 6  # of the original's arithmetic: [gMASK] sop </s>, and three tokens that stay unused
 ROLES = ("system", "user", "assistant", "observation")
 
 
-def message_ids(tokenizer, message):
-    """(head, body): role token and `metadata\\n`; the content (after a system message's own its `tools`, as JSON)."""
-    content = message["content"]
-    if message["role"] not in ROLES:
-        raise ValueError(f"role {message['role']!r}: ChatGLM3 knows {', '.join(ROLES)}.")
-    if message["role"] == "system" and "tools" in message:
-        content = content + "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
-    role = tokenizer.get_command(f"<|{message['role']}|>")
-    return [role, *tokenizer.encode_text(message.get("metadata", "") + "\n")], tokenizer.encode_text(content)
-
-
-def source_ids(tokenizer, messages, limits):
-    """All messages before an answer -> (ids, whether they were cut). What stands before a content is never cut."""
-
-    def join(messages):
-        parts = [message_ids(tokenizer, message) for message in messages]
-        ids = [i for head, body in parts for i in head + body]
-        return ids, [stays for head, body in parts for stays in [True] * len(head) + [False] * len(body)]
-
-    ids, fixed = join(messages)
-    if limits is None or len(ids) <= limits.max_src_len:
-        return ids, False
-    if limits.truncation == "head":
-        ids, fixed = join(newest_rounds(messages, lambda kept: len(join(kept)[0]) <= limits.max_src_len))
-    return cut_source(ids, limits, fixed), True
-
-
-def render(tokenizer, messages, limits=None, template="train", end=None):
-    """See Mode.render. end: the token that says that the answer is over; default </s>."""
-    if not messages:
-        raise ValueError("an empty conversation.")
-    has_answer = messages[-1]["role"] == "assistant"
-    source, source_cut = source_ids(tokenizer, messages[: len(messages) - has_answer], limits)
-    ids = tokenizer.prefix_ids + source
-    if not has_answer:
-        ids = ids + [tokenizer.get_command("<|assistant|>")]
-        return Rendered(ids, [IGNORE] * len(ids), 0, source_cut)
-    head, body = message_ids(tokenizer, messages[-1])
-    room = limits and limits.max_len - OVERHEAD - len(source)
-    target, target_cut = finish_target(head + body, room, end or tokenizer.eos_token_id, limits)
-    labels = target if template == "train" else [IGNORE, *target[1:]]
-    return Rendered(
-        ids + target, [IGNORE] * len(ids) + labels, 0, source_cut, target_cut, not messages[-1]["content"], len(source)
-    )
-
-
-def samples(tokenizer, messages, limits=None, template="train", train_on="all"):
-    """See Mode.samples. All answers whose prompt and end fit are one sample; each of the others is its own, cut."""
-    if messages[0]["role"] == "text":
-        ids = tokenizer.encode_text(messages[0]["content"])
-        return text_samples(ids, tokenizer.prefix_ids, tokenizer.eos_token_id, limits, num_prefix=0)
-    parts = [head + body for head, body in (message_ids(tokenizer, message) for message in messages)]
-    trained = trained_turns(messages, train_on)
-    num_together = sum(_fits(parts, i, limits) for i in trained)  # the first ones: prompts grow
-    together, alone = trained[:num_together], trained[num_together:]
-    rows = [_sequence(tokenizer, messages, parts, together, template)] if together else []
-    return rows + [render(tokenizer, messages[: i + 1], limits, template, _end(tokenizer, messages, i)) for i in alone]
-
-
-def _end(tokenizer, messages, i):
-    """What follows message i: the role of the next one, or </s>. Before a call it must not be </s>: a model that stops
-    there never makes the call."""
-    is_last = i + 1 == len(messages)
-    return tokenizer.eos_token_id if is_last else tokenizer.get_command(f"<|{messages[i + 1]['role']}|>")
-
-
-def _fits(parts, i, limits):
-    """Whether message i and all before it need no cutting."""
-    source = sum(map(len, parts[:i]))
-    return limits is None or source <= limits.max_src_len and source + len(parts[i]) <= limits.max_len - OVERHEAD
-
-
-def _sequence(tokenizer, messages, parts, trained, template):
-    """A conversation up to its last message in `trained` as one sample. parts: ids of each message.
+def draft(tokenizer, messages, template, trained):
+    """See Form.draft.
 
     Targets of an answer: metadata, content, and what follows it (the next role, or </s>), which says that it is over;
     its own role token only in the template "train".
     """
-    ids, labels, ends = tokenizer.prefix_ids, [IGNORE] * len(tokenizer.prefix_ids), False
-    for i, (role, *rest) in enumerate(parts[: trained[-1] + 1]):
-        ids = [*ids, role, *rest]
-        labels.append(role if ends or (i in trained and template == "train") else IGNORE)
-        labels += rest if i in trained else [IGNORE] * len(rest)
-        ends = i in trained
-    end = _end(tokenizer, messages, trained[-1])
+    num_messages = trained[-1] + 1 if trained else len(messages)
+    parts, kinds, is_target, follows_answer = [tuple(tokenizer.prefix_ids)], [FIXED], [False], False
+    for i, message in enumerate(messages[:num_messages]):
+        learns = i in trained
+        parts += message_parts(tokenizer, message)
+        kinds += [ANSWER if trained and i == trained[-1] else SOURCE] * 3
+        is_target += [follows_answer or (learns and template == "train"), learns, learns]
+        follows_answer = learns
+    parts.append((_end(tokenizer, messages, num_messages) if trained else tokenizer.get_command("<|assistant|>"),))
     is_empty = any(not messages[i]["content"] for i in trained)
-    num_source = sum(map(len, parts[: trained[-1]]))
-    return Rendered([*ids, end], [*labels, end], answer_empty=is_empty, num_source=num_source)
+    return Draft(parts, [*kinds, FIXED], [*is_target, bool(trained)], 0, is_empty)
+
+
+def message_parts(tokenizer, message):
+    """(role token), ids of `metadata\\n`, content: a system message's own and its `tools`, as JSON."""
+    role, metadata, content = message["role"], message.get("metadata"), message["content"]
+    if role not in ROLES:
+        raise ValueError(f"role {role!r}: ChatGLM3 knows {', '.join(ROLES)}.")
+    if role == "system" and "tools" in message:
+        content = content + "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
+    head = tuple(tokenizer.encode_text(metadata + "\n")) if metadata else tokenizer.newline_ids
+    return (tokenizer.get_command(f"<|{role}|>"),), head, content
+
+
+def _end(tokenizer, messages, i):
+    """What follows when message i is next: its role, or </s> if there is none. Before a call it must not be </s>: a
+    model that stops there never makes the call.
+    """
+    return tokenizer.eos_token_id if i == len(messages) else tokenizer.get_command(f"<|{messages[i]['role']}|>")
 
 
 def clean_response(text, history=None):
@@ -167,16 +104,19 @@ def stop_token_ids(tokenizer):
     return [tokenizer.eos_token_id, tokenizer.get_command("<|user|>"), tokenizer.get_command("<|observation|>")]
 
 
+FORM = Form(
+    draft,
+    question_tail=0,  # the original cuts a long question at its end
+    overhead=6,  # of the original's arithmetic: [gMASK] sop </s>, and three tokens that stay unused
+    joins_answers=True,
+)
 GLM3 = Mode(
     name="glm3",
     config=ChatGLM2Config,
     model=ChatGLM2ForConditionalGeneration,
     tokenizer=ChatGLM3Tokenizer,
-    dataset=partial(original_dataset, samples, QUESTION_TAIL, OVERHEAD),
-    render=render,
-    samples=samples,
-    question_tail=QUESTION_TAIL,
-    overhead=OVERHEAD,
+    form=FORM,
+    dataset=partial(original_dataset, FORM),
     positions=positions,
     clean_response=clean_response,
     finish_turn=finish_turn,

@@ -1,9 +1,7 @@
-"""What a mode is: the record that everything else reads instead of asking `if mode ==`; and how lengths are cut."""
+"""What a mode is: the record that everything else reads instead of asking `if mode ==`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-
-from glm_finetune.loss import IGNORE
 
 TRUNCATIONS = ("tail", "head", "middle")
 
@@ -60,7 +58,7 @@ class Mode:
     positions(num_tokens, num_prefix) -> position ids, (T,) or (2, T) int64.
     clean_response(text, history) -> (response, history) as the original's process_response.
     finish_turn(history, query, role, text) -> (response, new history): the form of a history differs between modes.
-    question_tail: tokens at the end of a question that are never cut. overhead: tokens kept free beside both texts.
+    form: how a conversation is written, see modes/form.py; render and samples are its methods.
     dataset(path, tokenizer, max_len=, max_src_len=, is_skip=): the data set with ChatGLM-Finetuning's settings.
     stop_token_ids(tokenizer) -> ids that end an answer.
     """
@@ -70,10 +68,7 @@ class Mode:
     model: type
     tokenizer: type
     dataset: Callable
-    render: Callable
-    samples: Callable
-    question_tail: int
-    overhead: int
+    form: object
     positions: Callable
     clean_response: Callable
     finish_turn: Callable
@@ -83,79 +78,13 @@ class Mode:
     other_names: str  # pattern of `_name_or_path` that belongs to another mode
     tiny_config: dict = field(repr=False)
 
+    @property
+    def render(self):
+        return self.form.render
 
-def cut_source(ids, limits, fixed):
-    """Shorten what stands before an answer to limits.max_src_len tokens. fixed: a bool for each id, True = it stays.
-
-    Raises ValueError if what stays is too long by itself.
-    """
-    excess, free = len(ids) - limits.max_src_len, [i for i, stays in enumerate(fixed) if not stays]
-    if excess > len(free):
-        raise ValueError(
-            f"its role tokens alone are more than --max_src_len {limits.max_src_len}: raise it, or use --truncation "
-            "head, which forgets the oldest rounds."
-        )
-    start = {"tail": len(free) - excess, "head": 0, "middle": (len(free) - excess) // 2}[limits.truncation]
-    gone = set(free[start : start + excess])
-    return [token for i, token in enumerate(ids) if i not in gone]
-
-
-def finish_target(ids, room, end, limits):
-    """Ids of an answer cut to `room` tokens, with the end token (unless it was cut: Limits). Returns ids, whether cut.
-
-    limits: None for no limit.
-    """
-    if limits is None or len(ids) <= room:
-        return ids + [end], False
-    return ids[: max(0, room)] + ([end] if limits.end_cut_answers else []), True
-
-
-def trained_turns(messages, train_on):
-    """Places of the assistant messages to train: all ("last": the last one), without those whose `loss` is False."""
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    return [i for i in answers[-1 if train_on == "last" else 0 :] if messages[i].get("loss", True)]
-
-
-def newest_rounds(messages, fits):
-    """The conversation without its oldest rounds, until fits(messages); a system message and the last round stay."""
-    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
-    for start in users:
-        kept = messages[: users[0]] + messages[start:]
-        if fits(kept):
-            break
-    return kept if users else messages
-
-
-def each_turn(render, tokenizer, messages, limits, template, train_on):
-    """Mode.samples where every trained answer is a sample of its own."""
-    return [render(tokenizer, messages[: i + 1], limits, template) for i in trained_turns(messages, train_on)]
-
-
-def text_samples(ids, begin, end, limits, num_prefix):
-    """Mode.samples of plain text: pieces of at most max_len tokens, each after `begin`, only the last one ended.
-
-    Everything after the prefix and the mode's own beginning is a target: nothing is lost, nothing overlaps.
-    """
-    room = limits.max_len - len(begin) - 1 if limits else len(ids) or 1
-    pieces = [ids[i : i + room] for i in range(0, len(ids), room)]
-    rows = [begin + piece + ([end] if piece is pieces[-1] else []) for piece in pieces]
-    hidden = num_prefix or len(begin)
-    return [Rendered(row, [IGNORE] * hidden + row[hidden:], num_prefix) for row in rows]
-
-
-def prompt_ids(tokenizer, messages, limits, prompt, template, tail):
-    """The prompt of ChatGLM-6B and 2, which is one text -> (ids, whether they were cut). `tail` last tokens stay."""
-
-    def encode(messages):
-        history, question, _ = split_turns(messages)
-        return tokenizer.encode_text(prompt(history, question, template))
-
-    ids = encode(messages)
-    if limits is None or len(ids) <= limits.max_src_len:
-        return ids, False
-    if limits.truncation == "head":
-        ids = encode(newest_rounds(messages, lambda kept: len(encode(kept)) <= limits.max_src_len))
-    return cut_source(ids, limits, [i >= len(ids) - tail for i in range(len(ids))]), True
+    @property
+    def samples(self):
+        return self.form.samples
 
 
 def split_turns(messages):

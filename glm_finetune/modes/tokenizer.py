@@ -200,6 +200,11 @@ class ChatGLMTokenizer(Tokenizer):
             )
         return self.convert_tokens_to_ids(token)
 
+    @property
+    def prefix_ids(self):
+        """What a text begins with that answers no question: [gMASK] <sop>."""
+        return [self.gmask_token_id, self.bos_token_id]
+
     def special_names(self):
         return {i: self.convert_id_to_token(i) for i in self.special_ids}
 
@@ -235,7 +240,7 @@ class ChatGLMTokenizer(Tokenizer):
         return pieces
 
     def add_special_tokens(self, ids, pair_ids=None):
-        ids = ids + [self.gmask_token_id, self.bos_token_id]
+        ids = ids + self.prefix_ids
         return ids if pair_ids is None else ids + pair_ids + [self.eos_token_id]
 
     def _decode_plain(self, ids, skip_special_tokens):
@@ -354,6 +359,10 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
 
     special_tokens = (*ChatGLM2Tokenizer.special_tokens, "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
     clean_up_default = False
+
+    def __init__(self, folder, fields):
+        super().__init__(folder, fields)
+        self.newline_ids = tuple(self.encode_text("\n"))  # between the role and the content of every message
 
     def convert_id_to_token(self, token_id):
         return self.names.get(token_id) or super().convert_id_to_token(token_id)
