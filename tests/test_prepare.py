@@ -3,13 +3,18 @@
 import gzip
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 
+from glm_finetune import MODE
 from glm_finetune.data import blocks, cache, files, prepare
+from glm_finetune.data.dataset import InstructionDataset
 from glm_finetune.data.files import Source, list_sources
+from glm_finetune.data.report import Report
+from glm_finetune.data.samples import prepare_row
 from glm_finetune.modes.spec import Limits
 from tests.refusal import refused
 from tests.test_cache import damage_last_line, dataset, prepared, settings_of
@@ -41,6 +46,46 @@ def test_blocks_and_workers_change_no_byte(form, settings, data_file, rows, tmp_
         assert parts.report == whole.report
         for column, values in whole.columns.items():
             assert values.tobytes() == parts.columns[column].tobytes(), column
+
+
+ROWS = [  # of one format each, with and without what can be cut, dropped, or refused
+    *[{"messages": [{"role": r, "content": c * n} for r, c in roles]} for n in (1, 9, 40) for roles in (
+        [("user", "问"), ("assistant", "答")],
+        [("system", "短"), ("user", "问"), ("assistant", "答"), ("user", "再问"), ("assistant", "再答")],
+        [("user", "问"), ("assistant", ""), ("user", "<|user|>"), ("assistant", "<eop></s>")],
+        [("user", "问"), ("assistant", "")],
+    )],
+    {"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答", "loss": False}]},
+    {"messages": [{"role": "user", "content": "问"}]},
+    {"messages": [{"role": "user", "content": "长" * 99}, {"role": "assistant", "content": "答"}], "x": 1},
+    {"messages": 3},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODE)
+@pytest.mark.parametrize("limits", [None, (60, 40, "tail", True), (60, 40, "head", False), (70, 30, "middle", False)])
+@pytest.mark.parametrize("options", [{}, {"template": "official", "train_on": "last"}, {"too_long": "drop"}])
+def test_rows_encoded_together_are_the_rows_prepared_one_by_one(mode, limits, options, checkpoints, tmp_path):
+    settings = settings_of(mode, checkpoints)
+    limits = limits and Limits(*limits)
+    settings = replace(settings, limits=limits, data_format="messages", on_bad_row="skip", **options)
+    path, report, expected, where = tmp_path / "rows.jsonl", Report(settings.too_long), [], []
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS), encoding="utf-8")
+    for number, row in enumerate(ROWS, 1):
+        try:
+            kept = report.keep(prepare_row(f"{path}, line {number}", row, settings))
+        except ValueError as error:
+            report.add_bad(error)
+            continue
+        expected += [{name: getattr(one, name) for name in ("input_ids", "labels", "num_prefix")} for one in kept]
+        where += [f"{path}, line {number}"] * len(kept)
+    data = InstructionDataset(path, settings)
+    assert list(data) == expected and [data.where(i) for i in range(len(data))] == where
+    targets = [sum(label != -100 for label in row["labels"]) for row in expected]
+    lengths = Counter(len(row["input_ids"]) for row in expected)
+    report.kept, report.lengths, report.targets = len(expected), lengths, sum(targets)
+    report.tokens = sum(length * count for length, count in lengths.items())
+    assert data.report == report and len(report.bad) >= 2 and report.no_target and report.answer_empty
 
 
 def test_files_of_any_kind_with_weights_are_prepared_as_in_memory_and_no_token_twice(

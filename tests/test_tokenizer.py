@@ -54,6 +54,21 @@ def test_rendered_conversations_hold_the_special_tokens_of_their_form_only(mode,
     assert specials[0] == specials[1]
 
 
+@every_mode
+@pytest.mark.parametrize("fields", [{}, {"remove_space": True, "do_lower_case": True}])
+def test_texts_encoded_in_one_call_are_the_texts_encoded_one_by_one(mode, fields, checkpoints):
+    tokenizer = MODE[mode].tokenizer(checkpoints[mode], fields)
+    texts = ["", " ", *INJECTIONS, "A  b\n\tC", "\u200b", "你好" * 300]
+    parts = [part for text in texts for part in (text, (1, 2), (3,))]
+    for special in (tokenizer.special_ids, {*tokenizer.special_ids, tokenizer.encode_text("你好")[-1]}):
+        tokenizer.special_ids = special  # with one that some text has
+        found = tokenizer.encode_parts(parts, num_threads=2)
+        assert {ids.dtype.name for ids in found} == {"int32"}
+        expected = [tokenizer.encode_text(part) if isinstance(part, str) else list(part) for part in parts]
+        assert [ids.tolist() for ids in found] == expected
+    assert tokenizer.encode_parts([]) == []
+
+
 def test_a_vocabulary_that_would_match_a_special_piece_in_text_is_overruled(checkpoints):
     tokenizer = tokenizer_of("glm", checkpoints)
     blank = tokenizer.convert_tokens_to_ids("<|blank_2|>")

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
-from glm_finetune.data.files import BOM, lines_in, list_sources
+from glm_finetune.data.files import BOM, MAX_LINE, lines_in, list_sources, numbered_rows
 from glm_finetune.data.lock import locked
 from glm_finetune.weights import read_json, write_json
 
@@ -41,7 +41,11 @@ class Block:
         """Yield (line, dict or Unreadable)."""
         with open(self.path, "rb") as file:
             file.seek(self.start)
-            yield from lines_in(file, self.first_number, self.end - self.start)
+            if self.end - self.start > MAX_LINE:
+                yield from lines_in(file, self.first_number, self.end - self.start)
+            else:  # no line can be too long: read all at once
+                lines = file.read(self.end - self.start).split(b"\n")
+                yield from numbered_rows(lines, self.first_number)
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ import numpy as np
 import sentencepiece
 
 from glm_finetune.data.blocks import check_unchanged, content_of, signature
+from glm_finetune.data.columns import COLUMNS, Samples
 from glm_finetune.data.lock import locked
-from glm_finetune.data.prepare import COLUMNS, Samples, choose_workers, tokenize
+from glm_finetune.data.prepare import choose_workers, tokenize
 from glm_finetune.data.report import Report
 from glm_finetune.weights import read_json, write_json
 

@@ -24,6 +24,7 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
 HUB = "hf://"
 BOM = b"\xef\xbb\xbf"
+_decode = json.JSONDecoder().raw_decode
 BATCH_ROWS = 1024  # of Parquet that are in memory at a time
 
 
@@ -180,16 +181,25 @@ def lines_in(file, number=1, num_bytes=math.inf):
                 num_bytes -= len(rest)
             num_bytes -= len(rest)
             yield number, Unreadable(f"longer than {MAX_LINE >> 20} MiB; one row is one line. Split it.")
-        elif text := (line.removeprefix(BOM) if number == 1 else line).strip():
-            yield number, as_row(_parse(text))
+        else:
+            yield from numbered_rows([line], number)
         number += 1
 
 
+def numbered_rows(lines, first):
+    """Yield (number, dict or Unreadable) of JSON lines (bytes), without blank ones. first: number of the first."""
+    for number, line in enumerate(lines, first):
+        if text := (line.removeprefix(BOM) if number == 1 else line).strip():
+            value = _parse(text)
+            yield number, value if type(value) is dict else as_row(value)
+
+
 def _parse(line):
-    """A JSON line (bytes) -> its value, or Unreadable."""
+    """A JSON line (bytes, stripped) -> its value, or Unreadable."""
     try:
         text = line.decode("utf-8")
-        return json.loads(text)
+        value, end = _decode(text)
+        return value if end == len(text) else json.loads(text)  # which says what is wrong
     except UnicodeDecodeError as error:
         return Unreadable(_not_utf8(error))
     except json.JSONDecodeError as error:

@@ -64,10 +64,9 @@ class Format:
 
 def pair(fields, answer, row, prompt_text=""):
     """One question, the texts of `fields` with nothing between them, and its answer."""
-    messages = [{"role": "user", "content": prompt_text + "".join(text_of(row, name) for name in fields)}]
-    if answer in row:
-        messages.append({"role": "assistant", "content": text_of(row, answer)})
-    return messages
+    question = prompt_text + "".join([text_of(row, name) for name in fields if row.get(name) != ""])
+    answers = [{"role": "assistant", "content": text_of(row, answer)}] if answer in row else []
+    return [{"role": "user", "content": question}, *answers]
 
 
 def with_history(row):
@@ -129,8 +128,8 @@ FORMATS = {
 
 def named(name):
     """The format of --data_format. Raises ValueError with the nearest name."""
-    for problem in unknown_choice("data_format", name, tuple(FORMATS)):
-        raise ValueError(problem)
+    if name not in FORMATS:
+        raise ValueError(*unknown_choice("data_format", name, tuple(FORMATS)))
     return FORMATS[name]
 
 

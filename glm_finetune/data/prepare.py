@@ -2,8 +2,7 @@
 
 Workers are started from a fork server, not forked: the process that asks may hold CUDA and threads. They get the
 settings once and a block at a time, and give back plain arrays, about 5 bytes a token; no more than PENDING_PER_WORKER
-blocks are under way for each, so that memory does not grow with the file. More than half of the time is SentencePiece's
-own; rendering a block twice, to encode all its texts in one call, was tried and took as long.
+blocks are under way for each, so that memory does not grow with the file. Most of the time is SentencePiece's own.
 
     for samples in tokenize(list_sources(path), settings, num_workers=8): ...
 """
@@ -16,7 +15,9 @@ import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate, chain
 from multiprocessing.connection import wait
 
@@ -24,38 +25,15 @@ import numpy as np
 from tqdm import tqdm
 
 from glm_finetune.data.blocks import BLOCK_BYTES, blocks_of, layout_of
+from glm_finetune.data.columns import COLUMNS, Builder, Samples, lengths_of
 from glm_finetune.data.files import Source, occurrences
 from glm_finetune.data.report import Report
-from glm_finetune.data.samples import of_source, prepare_row
-from glm_finetune.loss import IGNORE
+from glm_finetune.data.samples import drafts_of, of_source, prepare_row
+from glm_finetune.modes.form import ANSWER, SOURCE
 
 PENDING_PER_WORKER = 2
 SLOW_IMPORTS = ("torch", "transformers", "peft")  # what a worker would import again because the main script does
 MIN_BYTES_OF_WORKER = 8 * BLOCK_BYTES  # one or two seconds of work; starting processes takes as long
-
-# The arrays of prepared samples. N rows of the data set, which are S different samples, of T tokens together.
-COLUMNS = {
-    "index": np.int64,  # (N,) the sample of each row: a weight repeats samples here, not their tokens
-    "input_ids": np.int32,  # (T,)
-    "is_target": np.bool_,  # (T,) where the label is the token itself; elsewhere it is -100
-    "ends": np.int64,  # (S,) where a sample ends in them; it begins where the one before ends
-    "num_prefix": np.int32,  # (S,)
-    "sources": np.uint16,  # (S,) which of the sources a sample is from
-    "numbers": np.int64,  # (S,) line, entry or row of it, from 1
-}
-
-
-@dataclass
-class Samples:
-    """columns: an array for each of COLUMNS. report: of the rows they came from."""
-
-    columns: dict
-    report: Report
-
-    def after(self, num_samples, num_tokens):
-        """The columns of these samples when so many others lie in front of them."""
-        moved = {"index": self.columns["index"] + num_samples, "ends": self.columns["ends"] + num_tokens}
-        return {**self.columns, **moved}
 
 
 @dataclass(frozen=True)
@@ -68,47 +46,86 @@ class Task:
     block: object
 
 
-def tokenize_block(settings, task):
-    """The Samples of a block. Raises ValueError naming file and line for a bad row, unless it is to be skipped."""
-    settings, report = replace(settings, data_format=task.data_format), Report(settings.too_long)
-    samples, index, numbers = [], [], []
-    for place, (number, row) in enumerate(task.block.rows(), task.block.first_row):
+@contextmanager
+def uncollected():
+    """No garbage collection meanwhile: it would look at every object of a block again and again, and find none."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@uncollected()
+def tokenize_block(settings, task, num_threads=1):
+    """The Samples of a block. Raises ValueError naming file and line for a bad row, unless it is to be skipped.
+
+    All texts are encoded together, and that is all for the rows of which nothing is cut. num_threads: SentencePiece's.
+    """
+    settings, report, builder = replace(settings, data_format=task.data_format), Report(settings.too_long), Builder()
+    rows = list(task.block.rows())
+    of_rows = drafts_of([row for _, row in rows], settings)
+    drafts = [draft for of_row in of_rows for draft in of_row or ()]
+    parts = [part for draft in drafts for part in draft.parts]
+    ids = settings.tokenizer.encode_parts(parts, num_threads)
+    ends = list(accumulate([len(draft.parts) for draft in drafts], initial=0))
+    fits = _fits(drafts, lengths_of(ids), ends, settings)
+    one_by_one = replace(settings, tokenizer=Encoded(settings.tokenizer, parts, ids))
+    last, wholes = 0, []
+    for place, ((number, row), of_row) in enumerate(zip(rows, of_rows), task.block.first_row):
+        times = occurrences(place, task.source.weight)
+        first, last = last, last + len(of_row or ())
+        if of_row is not None and all(fits[first:last]):
+            wholes.append(of_row)
+            for draft, start, end in zip(of_row, ends[first:last], ends[first + 1 : last + 1]):
+                builder.add(number, times, ids[start:end], draft.is_target, draft.num_prefix_parts)
+            continue
         try:
-            rendered = prepare_row(task.source.where(number), row, settings)
+            rendered = prepare_row(task.source.where(number), row, one_by_one)
         except ValueError as error:
             if settings.on_bad_row != "skip":
                 raise
             report.add_bad(error)
             continue
-        times = occurrences(place, task.source.weight)
-        for one in report.keep(rendered, times):
-            if times:
-                index += [len(samples)] * times
-                samples.append(one)
-                numbers.append(number)
-    return Samples(_columns(samples, index, numbers, task.position), report)
+        for one in report.keep(rendered):
+            builder.add_rendered(number, times, one)
+    report.keep_whole(wholes)
+    columns = builder.columns(task.position)
+    report.count(columns)
+    return Samples(columns, report)
 
 
-def _columns(samples, index, numbers, position):
-    labels = list(chain.from_iterable(one.labels for one in samples))
-    columns = {
-        "index": index,
-        "input_ids": list(chain.from_iterable(one.input_ids for one in samples)),
-        "ends": list(accumulate(len(one.input_ids) for one in samples)),
-        "num_prefix": [one.num_prefix for one in samples],
-        "sources": [position] * len(samples),
-        "numbers": numbers,
-    }
-    columns = {name: np.fromiter(values, COLUMNS[name], len(values)) for name, values in columns.items()}
-    labels = np.fromiter(labels, np.int32, len(labels))
-    columns["is_target"] = labels != IGNORE
-    same = labels == columns["input_ids"]
-    assert (same | ~columns["is_target"]).all(), "a label that is neither -100 nor the token itself cannot be stored"
-    return columns
+def _fits(drafts, lengths, ends, settings):
+    """Whether nothing of each draft is cut. lengths: of all parts; ends: where the parts of a draft end in them."""
+    kinds = np.fromiter(chain.from_iterable(draft.kinds for draft in drafts), np.int8, len(lengths))
+    num_source, num_answer = (
+        np.diff(np.concatenate(([0], np.cumsum(lengths * (kinds == kind))))[ends]) for kind in (SOURCE, ANSWER)
+    )
+    return settings.form.fits(num_source, num_answer, settings.limits).tolist()
 
 
-def tokenize(sources, settings, num_workers=0, cache_dir=None, progress=False):
-    """Yield the Samples of each block of each source, in order. num_workers: 0 = in this process.
+class Encoded:
+    """A tokenizer that knows the ids of some texts already. parts, ids: see Tokenizer.encode_parts."""
+
+    def __init__(self, tokenizer, parts, ids):
+        self.tokenizer, self.parts, self.ids = tokenizer, parts, ids
+
+    @cached_property
+    def _known(self):
+        return dict(zip(self.parts, self.ids))
+
+    def encode_text(self, text):
+        return self._known[text].tolist() if text in self._known else self.tokenizer.encode_text(text)
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+
+def tokenize(sources, settings, num_workers=0, cache_dir=None, progress=False, num_threads=None):
+    """Yield the Samples of each block of each source, in order. num_workers: 0 = in this process, where SentencePiece
+    has num_threads, by default as many as there are cores.
 
     cache_dir: where the places of blocks are remembered. progress: show a bar. Raises ValueError for a bad row or file.
     """
@@ -116,7 +133,7 @@ def tokenize(sources, settings, num_workers=0, cache_dir=None, progress=False):
     if num_workers:
         blocks = _in_workers(tasks, settings, num_workers)
     else:
-        blocks = (tokenize_block(settings, task) for task in tasks)
+        blocks = (tokenize_block(settings, task, num_threads or num_cores()) for task in tasks)
     total = None
     if cache_dir and all(source.has_blocks for source in sources):
         total = sum(layout_of(source, source.path, cache_dir).num_rows for source in sources)
@@ -172,13 +189,17 @@ def in_memory(sources, settings, progress=False):
     return Samples({name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}, report)
 
 
+def num_cores():
+    """Cores this process may use; the other ranks wait meanwhile."""
+    return len(os.sched_getaffinity(0))
+
+
 def choose_workers(sources):
-    """Processes for so much data: all cores this one may use (the other ranks wait meanwhile), none for little."""
-    num_cores = len(os.sched_getaffinity(0))
+    """Processes for so much data: all cores for much, none for little."""
     if not all(source.files() for source in sources):  # a data set of the hub: nobody knows its size
-        return num_cores
+        return num_cores()
     num_bytes = sum(path.stat().st_size for source in sources for path in source.files())
-    return min(num_cores, num_bytes // MIN_BYTES_OF_WORKER)
+    return min(num_cores(), num_bytes // MIN_BYTES_OF_WORKER)
 
 
 _settings = None  # of this worker process

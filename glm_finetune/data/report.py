@@ -2,6 +2,7 @@
 
 report = Report(settings.too_long)
 to_train_on = report.keep(prepare_row(where, row, settings))
+report.count(columns)
 report.add(of_other_rows)
 print(report)
 """
@@ -10,6 +11,8 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from glm_finetune.loss import IGNORE
 
@@ -60,25 +63,39 @@ class Report:
         self.bad += other.bad
         self.lengths.update(other.lengths)
 
-    def keep(self, rendered, times=1):
-        """Count the samples of a row; returns those to train on."""
+    def keep(self, rendered):
+        """Count what became of the samples of a row; returns those to train on, which are to be counted too."""
         self.rows += 1
-        targets = [len(one.labels) - one.labels.count(IGNORE) for one in rendered]
-        self.no_target += not any(targets)
+        learns = [any(label != IGNORE for label in one.labels) for one in rendered]
+        self.no_target += not any(learns)
         kept = []
-        for one, num_targets in zip(rendered, targets):
+        for one, has_target in zip(rendered, learns):
             self.question_cut += one.source_cut
             self.answer_cut += one.target_cut
             self.answer_empty += one.answer_empty
             if self.too_long == "drop" and (one.source_cut or one.target_cut):
                 self.skipped += 1
-            elif num_targets:
+            elif has_target:
                 kept.append(one)
-                self.kept += times
-                self.tokens += times * len(one.input_ids)
-                self.targets += times * num_targets
-                self.lengths[len(one.input_ids)] += times
         return kept
+
+    def keep_whole(self, rows):
+        """The same for rows of which nothing is cut and all is trained on. rows: a list of drafts for each."""
+        self.rows += len(rows)
+        self.no_target += sum(not drafts for drafts in rows)
+        self.answer_empty += sum(draft.answer_empty for drafts in rows for draft in drafts)
+
+    def count(self, columns):
+        """Count samples to train on. columns: `columns.COLUMNS`."""
+        if not len(columns["index"]):
+            return
+        lengths = np.diff(columns["ends"], prepend=0)
+        num_targets = np.add.reduceat(columns["is_target"], columns["ends"] - lengths, dtype=np.int64)
+        lengths, num_targets = lengths[columns["index"]], num_targets[columns["index"]]
+        self.kept += len(lengths)
+        self.tokens += int(lengths.sum())
+        self.targets += int(num_targets.sum())
+        self.lengths.update(lengths.tolist())
 
     def add_bad(self, error):
         """Count a row that is left out for what is wrong with it."""

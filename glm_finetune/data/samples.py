@@ -139,6 +139,21 @@ def prepare_row(where, row, settings):
     return rendered
 
 
+def drafts_of(rows, settings):
+    """The samples of each row as drafts (see modes/form.py). None: it is bad, or text alone; ask `prepare_row`."""
+    convert, columns, prompt_text = named(settings.data_format).messages, settings.columns, settings.prompt_text
+    form, tokenizer, template, train_on = settings.form, settings.tokenizer, settings.template, settings.train_on
+    drafts = []
+    for row in rows:
+        try:
+            messages = None if isinstance(row, Unreadable) else convert(renamed(row, columns), prompt_text)
+            is_talk = messages and messages[0]["role"] != "text"
+            drafts.append(form.drafts(tokenizer, messages, template, train_on) if is_talk else None)
+        except ValueError:
+            drafts.append(None)
+    return drafts
+
+
 def read_questions(config, trained_prompt=None):
     """Yield (row, messages up to the last answer, that answer or None) of --test_path. config: PredictConfig.
 

@@ -51,9 +51,10 @@ class Form:
     text_prefix: int = 0
 
     def fits(self, num_source, num_answer, limits):
-        """Whether nothing is cut of so many tokens (int, or arrays of them)."""
-        room = limits.max_len - self.overhead - num_source
-        return (num_source <= limits.max_src_len) & (num_answer <= room)
+        """Whether nothing of so many tokens must be cut. int, or arrays of them -> bool, or an array."""
+        if limits is None:
+            return num_source == num_source
+        return (num_source <= limits.max_src_len) & (num_source + num_answer <= limits.max_len - self.overhead)
 
     def drafts(self, tokenizer, messages, template, train_on):
         """The samples of a conversation if none must be cut: they are `samples` then."""
@@ -80,7 +81,7 @@ class Form:
         for count in range(len(trained) if self.joins_answers else 0, 0, -1):
             draft = self.draft(tokenizer, messages, template, trained[:count])
             ids = encoded(draft, encode)
-            if limits is None or self.fits(*num_tokens(draft, ids), limits):
+            if self.fits(*num_tokens(draft, ids), limits):
                 rows, alone = [complete(draft, ids)], trained[count:]
                 break
         return rows + [self._alone(tokenizer, encode, messages, limits, template, [i]) for i in alone]
@@ -93,7 +94,7 @@ class Form:
             return draft, encoded(draft, encode)
 
         draft, ids = made(messages, trained)
-        if limits is None or self.fits(*num_tokens(draft, ids), limits):
+        if self.fits(*num_tokens(draft, ids), limits):
             return complete(draft, ids)
         source_cut = num_tokens(draft, ids)[0] > limits.max_src_len
         if source_cut and limits.truncation == "head":
@@ -143,7 +144,8 @@ class Form:
 def trained_turns(messages, train_on):
     """Places of the assistant messages to train: all ("last": the last one), without those whose `loss` is False."""
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    return [i for i in answers[-1 if train_on == "last" else 0 :] if messages[i].get("loss", True)]
+    chosen = answers[-1:] if train_on == "last" else answers
+    return [i for i in chosen if messages[i].get("loss", True)]
 
 
 def newest_rounds(messages, trained):

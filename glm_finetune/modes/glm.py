@@ -30,7 +30,7 @@ def prompt(history, question, template="train"):
     if not history and template == "official":
         return question
     first = 1 if template == "train" else 0
-    past = "".join(f"[Round {i}]\n问：{old}\n答：{answer}\n" for i, (old, answer) in enumerate(history, first))
+    past = "".join([f"[Round {i}]\n问：{old}\n答：{answer}\n" for i, (old, answer) in enumerate(history, first)])
     return f"{past}[Round {first + len(history)}]\n问：{question}\n答："
 
 

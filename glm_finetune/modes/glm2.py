@@ -49,7 +49,7 @@ TINY_CONFIG = dict(
 
 def prompt(history, question, template="train"):
     """The text before the answer, in training and in the official chat alike: rounds from 1, full-width colons."""
-    past = "".join(f"[Round {i}]\n\n问：{old}\n\n答：{answer}\n\n" for i, (old, answer) in enumerate(history, 1))
+    past = "".join([f"[Round {i}]\n\n问：{old}\n\n答：{answer}\n\n" for i, (old, answer) in enumerate(history, 1)])
     return f"{past}[Round {len(history) + 1}]\n\n问：{question}\n\n答："
 
 

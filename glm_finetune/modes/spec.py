@@ -93,18 +93,21 @@ def split_turns(messages):
     A system message is put in front of the first question, on a line of its own: these modes have no such role.
     Raises ValueError for another order or another role.
     """
+    roles = [message["role"] for message in messages]
+    if roles == ["user", "assistant"] and len(messages[0]) == len(messages[1]) == 2:  # most rows: be quick
+        return [], messages[0]["content"], messages[1]["content"]
     if any(m["role"] == "observation" or m.get("metadata") or "tools" in m for m in messages):
         raise ValueError("tools and their results: this mode has no form for them. Use --mode glm3.")
     if messages and messages[0]["role"] == "system" and len(messages) > 1:
         system, first, *rest = messages
-        messages = [{**first, "content": f"{system['content']}\n{first['content']}"}, *rest]
-    roles = [message["role"] for message in messages]
+        messages, roles = [{**first, "content": f"{system['content']}\n{first['content']}"}, *rest], roles[1:]
     expected = ["user", "assistant"] * (len(roles) // 2 + 1)
     if not roles or roles != expected[: len(roles)]:
         raise ValueError(f"roles {roles}: this mode knows user and assistant in turn, beginning with the user.")
-    answer = messages[-1]["content"] if roles[-1] == "assistant" else None
-    contents = [message["content"] for message in messages[: len(messages) - (answer is not None)]]
-    return list(zip(contents[0:-1:2], contents[1::2])), contents[-1], answer
+    contents = [message["content"] for message in messages]
+    answer = contents.pop() if roles[-1] == "assistant" else None
+    question = contents.pop()
+    return list(zip(contents[::2], contents[1::2])), question, answer
 
 
 def finish_pair(clean_response, history, query, role, text):
