@@ -4,18 +4,22 @@
     python benchmarks/data.py --quick                                   # some seconds, writes nothing without --out
 
 Rows are made up in the form of AdvertiseGen: `类型#上衣*材质#牛仔布*...` of 4 to 16 attributes, and a text of about 100
-(40 to 200) Chinese characters. --tokenizer: any SentencePiece model of real size; default: the small one of tiny_base/.
+(40 to 200) Chinese characters.
+
+--tokenizer: any SentencePiece model of real size; default: the small one of tiny_base/. --data: a file of your own,
+whose batches are measured too.
 
 original: original_loop.py, with a tokenizer that is a subclass of transformers' slow one and has the methods of the
 original's (pieces by EncodeAsPieces, ids by a look-up each). The installed transformers takes about a tenth longer for
 it than 4.33.0, the original's. bare: the same loop on SentencePiece without transformers, which nobody ran; a floor for
-any such loop. ours: `cache.prepared`, files written, in this process or with one for each core; and without writing
-them. In turns, medians. Memory is the proportional set size of all processes together.
+any such loop. ours: `cache.prepared`, files written, in this process or with one for each core. SentencePiece has as
+many threads as there are cores in the first, one in the others; the loops have one. In turns, medians. Memory is the
+proportional set size of all processes together.
 
 Batches: a ChatGLM3 of hidden size 256 and 4 layers, all weights learn, 8 samples a step, the three ways in turns, in
 one thread (more wait for each other beside other work). The vocabulary is 1,024, so that the output layer has about the
-share of the time that it has in the 6B model. No way of batching can be faster than padding by more than 1 / (1 -
-padding share), which is given as the bound.
+share of the time that it has in the 6B model. bound: 1 / (1 - padding share), what leaving all padding out saves in
+work that follows the number of tokens; attention, which follows their square, can save a little more.
 """
 
 import argparse
@@ -39,12 +43,12 @@ from glm_finetune import MODE  # noqa: E402 (the repository is not installed)
 from glm_finetune.data import cache  # noqa: E402
 from glm_finetune.data.dataset import InstructionDataset, collate  # noqa: E402
 from glm_finetune.data.files import list_sources  # noqa: E402
-from glm_finetune.data.prepare import tokenize  # noqa: E402
 from glm_finetune.data.sampler import Progress, StepSampler  # noqa: E402
 from glm_finetune.data.samples import Settings  # noqa: E402
 from glm_finetune.modes.spec import Limits  # noqa: E402
 
-MODE_NAME, MAX_LEN, MAX_SRC_LEN, BATCH, VOCABULARY = "glm2", 512, 256, 8, 1024
+MODE_NAME, BATCH, VOCABULARY = "glm2", 8, 1024
+LIMITS, LIMITS_OF_DATA = Limits(512, 256), Limits(1024, 768)
 KEYS = ("类型", "版型", "材质", "颜色", "风格", "图案", "衣样式", "裙长", "领型", "袖长", "裤型", "工艺")
 WORDS = re.findall(
     r"\S+",
@@ -80,22 +84,22 @@ def secs(function, *args):
     return time.perf_counter() - start
 
 
-def settings_of(tokenizer_folder):
+def settings_of(tokenizer_folder, limits=LIMITS):
     """Those of ChatGLM-Finetuning, with whose rows ours are compared."""
     tokenizer = MODE[MODE_NAME].tokenizer.from_pretrained(tokenizer_folder)
-    return Settings(MODE[MODE_NAME].form, tokenizer, Limits(MAX_LEN, MAX_SRC_LEN))
+    return Settings(MODE[MODE_NAME].form, tokenizer, limits)
 
 
-def prepare(path, settings, num_workers):
+def prepare(path, settings, num_workers, num_threads=None):
     with tempfile.TemporaryDirectory() as folder:
-        cache.prepared(list_sources(path), settings, folder, num_workers=num_workers)
+        cache.prepared(list_sources(path), settings, folder, num_workers=num_workers, num_threads=num_threads)
 
 
 def rows_per_s(folder, settings, counts, repeats):
-    """Rows a second of each way. counts: rows for the loops, and for all processes."""
+    """Rows a second of each way. counts: rows for the loops, and for ours, whose start does not grow with them."""
     from benchmarks.original_loop import BareTokenizer, OriginalTokenizer, original_loop  # not in the workers
 
-    limits = MAX_LEN, MAX_SRC_LEN
+    limits = LIMITS.max_len, LIMITS.max_src_len
     few, many = (write_rows(folder / f"{count}.jsonl", count) for count in counts)
     original, bare = OriginalTokenizer(settings.tokenizer), BareTokenizer(settings.tokenizer)
     ours = InstructionDataset(few, settings)
@@ -108,14 +112,14 @@ def rows_per_s(folder, settings, counts, repeats):
         "original": lambda: secs(original_loop, few, original, *limits),
         "bare": lambda: secs(original_loop, few, bare, *limits),
         "sentencepiece alone": lambda: secs(encode_all, few, settings.tokenizer.sp),
-        "ours, tokenized in 1 process": lambda: secs(lambda: list(tokenize(list_sources(few), settings))),
-        "ours, 1 process": lambda: secs(prepare, few, settings, 0),
+        "ours, 1 process": lambda: secs(prepare, many, settings, 0),
+        "ours, 1 process, 1 thread": lambda: secs(prepare, many, settings, 0, 1),
         f"ours, {cores} processes": lambda: secs(prepare, many, settings, cores),
     }
     taken = {name: [] for name in ways}
     for _ in range(repeats):
         for name, run in ways.items():
-            taken[name].append((counts[1] if "processes" in name else counts[0]) / run())
+            taken[name].append(counts["ours" in name] / run())
     found = {name: median(values) for name, values in taken.items()}
     return {"rows_per_s": found, "of_original": {name: value / found["original"] for name, value in found.items()}}
 
@@ -185,29 +189,29 @@ def start_and_memory(folder, tokenizer_folder, counts):
     return {**found, "memory_ratio": large["peak_gib"] / small["peak_gib"]}
 
 
-def batches_of(data, way, steps):
+def batches_of(data, way, steps, max_len):
     """The batches of the first steps of an epoch; ids are brought into the small vocabulary."""
     lengths = data.lengths() if way == "grouped" else None
     sampler = StepSampler(len(data), BATCH, 1, 1, 1234, lengths=lengths)
     for number in range(steps):
         rows = [data[i] for i in sampler.micro_batches(Progress(rows=number * BATCH), 0)[0]]
-        batch = collate(rows, 0, MODE["glm3"].positions, MAX_LEN if way == "packed" else None)
+        batch = collate(rows, 0, MODE["glm3"].positions, max_len if way == "packed" else None)
         real = sum(len(row["input_ids"]) for row in rows)
         for name in ("input_ids", "labels"):
             batch[name] = torch.where(batch[name] > 0, batch[name] % VOCABULARY, batch[name])
         yield batch, real
 
 
-def batching(folder, settings, steps):
+def batching(path, settings, steps):
     """Padding and target tokens a second of each way."""
     from benchmarks.step_time import config_of, step  # not in the workers, which import this file
 
-    path = write_rows(folder / "batches.jsonl", 20 * 64 * BATCH)
     data = InstructionDataset(path, settings)
     config = MODE["glm3"].config(**config_of(4, 256, 688, 8, VOCABULARY))
     model = MODE["glm3"].model(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    ways = {way: list(batches_of(data, way, steps)) for way in ("padded", "grouped", "packed")}
+    max_len, ways = settings.limits.max_len, ("padded", "grouped", "packed")
+    ways = {way: list(batches_of(data, way, steps, max_len)) for way in ways}
     taken = dict.fromkeys(ways, 0.0)
     for batches in ways.values():
         step(model, optimizer, batches[0][0])
@@ -232,6 +236,7 @@ def main():
     parser.add_argument(
         "--tokenizer", type=Path, default=ROOT / "tiny_base/tokenizer.model", help="SentencePiece model"
     )
+    parser.add_argument("--data", help="a file whose batches are measured too, at 1,024 tokens")
     parser.add_argument("--quick", action="store_true", help="few rows, to see that it runs")
     parser.add_argument("--out", type=Path, help="JSON file; default: benchmarks/results/, with --quick none")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
@@ -248,16 +253,39 @@ def main():
         settings = settings_of(folder)
         report = {"machine": machine("cpu"), "vocabulary": len(settings.tokenizer)}
         report["preparation"] = rows_per_s(
-            folder, settings, (2_000, 4_000) if args.quick else (20_000, 200_000), 1 if args.quick else 3
+            folder, settings, (2_000, 4_000) if args.quick else (20_000, 100_000), 1 if args.quick else 5
         )
-        report["batches"] = batching(folder, settings, 2 if args.quick else 32)
+        steps = 2 if args.quick else 32
+        report["batches"] = batching(write_rows(folder / "batches.jsonl", 20 * 64 * BATCH), settings, steps)
+        if args.data:
+            report["batches_of_data"] = batching(args.data, settings_of(folder, LIMITS_OF_DATA), steps)
         report["sizes"] = start_and_memory(folder, folder, (500, 2_000) if args.quick else (10_000, 1_000_000))
-    text = json.dumps(report, indent=1, ensure_ascii=False)
-    print(text)
+    print(*table(report), sep="\n")
     out = args.out or ROOT / "benchmarks/results/data_cpu.json"
     if args.out or not args.quick:
         out.parent.mkdir(exist_ok=True)
-        out.write_text(text + "\n", encoding="utf-8")
+        out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def table(report):
+    """The figures as lines."""
+    yield f"{'preparation':<40}{'rows/s':>10}{'of original':>14}"
+    for name, rate in report["preparation"]["rows_per_s"].items():
+        yield f"  {name:<38}{rate:>10,.0f}{report['preparation']['of_original'][name]:>13.2f}x"
+    for part in ("batches", "batches_of_data"):
+        if found := report.get(part):
+            yield f"{part.replace('_', ' '):<24}{'padding':>10}{'target tokens/s':>18}{'of padded':>12}"
+            for way, ratio in found["of_padded"].items():
+                share, rate = found[way]["padding_share"], found[way]["target_tokens_per_s"]
+                yield f"  {way:<22}{share:>10.1%}{rate:>18,.0f}{ratio:>11.2f}x"
+            yield f"  bound by padding{'':<36}{found['bound']:>11.2f}x"
+    yield f"{'size':<24}{'prepared in':>12}{'peak memory':>14}{'second start':>14}{'grouped':>10}"
+    for name, found in report["sizes"].items():
+        if name != "memory_ratio":
+            starts = [found[f"second start, {task}"]["first_batch_secs"] for task in ("shuffled", "grouped")]
+            secs_and_memory = f"{found['prepare_secs']:>10.1f} s{found['peak_gib']:>10.2f} GiB"
+            yield f"  {name:<22}{secs_and_memory}{starts[0]:>12.2f} s{starts[1]:>8.2f} s"
+    yield f"  peak memory of the large one{'':<24}{report['sizes']['memory_ratio']:>11.2f}x"
 
 
 if __name__ == "__main__":

@@ -52,6 +52,9 @@ def test_checkpoint_sizes_are_those_of_the_papers_arithmetic():
 
 
 @pytest.mark.slow
-def test_data_finds_the_rows_of_the_original_and_reports_figures():
-    report = json.loads(benchmark("data", "--quick"))
-    assert set(report) == {"machine", "vocabulary", "preparation", "batches", "sizes"}
+def test_data_finds_the_rows_of_the_original_and_reports_figures(data_file, tmp_path):
+    text = benchmark("data", "--quick", "--data", data_file, "--out", tmp_path / "r.json")
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert set(report) == {"machine", "vocabulary", "preparation", "batches", "batches_of_data", "sizes"}
+    for name, rate in report["preparation"]["rows_per_s"].items():
+        assert f"{name:<38}{rate:>10,.0f}" in text

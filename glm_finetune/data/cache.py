@@ -39,10 +39,11 @@ def default_cache_dir():
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glm_finetune"
 
 
-def prepared(sources, settings, cache_dir, overwrite=False, progress=False, num_workers=None):
+def prepared(sources, settings, cache_dir, overwrite=False, progress=False, num_workers=None, num_threads=None):
     """The samples of files as memory maps, prepared first if need be.
 
     overwrite: prepare again what was prepared before this call. num_workers: processes; default by the files' size.
+    num_threads: see `prepare.tokenize`.
     Raises ValueError for a bad row (file and line), OSError naming --cache_dir if nothing can be written there.
     """
     started = time.time()
@@ -56,7 +57,7 @@ def prepared(sources, settings, cache_dir, overwrite=False, progress=False, num_
                 samples = read(folder, oldest, say=print)  # somebody else may have made it meanwhile
                 if samples is None:
                     _raise_old_error(folder, started)
-                    _build(folder, sources, settings, progress, num_workers)
+                    _build(folder, sources, settings, progress, num_workers, num_threads)
                     samples = read(folder)
     return samples
 
@@ -121,13 +122,13 @@ def _map(path, count, dtype):
     return np.memmap(path, dtype, "r", shape=(count,)) if count else np.zeros(0, dtype)
 
 
-def _build(folder, sources, settings, progress, num_workers):
+def _build(folder, sources, settings, progress, num_workers, num_threads):
     for old in folder.parent.glob(f"tmp-{folder.name}-*"):  # of processes that were killed: the lock is ours
         shutil.rmtree(old)
     temporary = folder.parent / f"tmp-{folder.name}-{os.getpid()}"
     temporary.mkdir()
     try:
-        counts, report = _write(temporary, sources, settings, progress, num_workers)
+        counts, report = _write(temporary, sources, settings, progress, num_workers, num_threads)
         header = {"format": FORMAT, "made": time.time(), "counts": counts, "report": vars(report)}
         write_json(header, temporary / HEADER)
         shutil.rmtree(folder, ignore_errors=True)
@@ -139,14 +140,14 @@ def _build(folder, sources, settings, progress, num_workers):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(folder, sources, settings, progress, num_workers):
+def _write(folder, sources, settings, progress, num_workers, num_threads):
     """Write the columns; returns (elements of each, report). Every file is on the disk before this returns."""
     report, counts = Report(settings.too_long), dict.fromkeys(COLUMNS, 0)
     before = {path: signature(path) for source in sources for path in source.files()}
     workers = choose_workers(sources) if num_workers is None else num_workers
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / name, "wb")) for name in COLUMNS}
-        for samples in tokenize(sources, settings, workers, folder.parent, progress):
+        for samples in tokenize(sources, settings, workers, folder.parent, progress, num_threads):
             for name, column in samples.after(counts["ends"], counts["input_ids"]).items():
                 files[name].write(column.data)
                 counts[name] += len(column)
