@@ -11,4 +11,3 @@ __all__ = ["MODE"]
 
 # bitsandbytes, if it is there, recommends another package at every start on a CPU, where it is only used by tests.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-

@@ -6,8 +6,6 @@ response, history = chat(model, tokenizer, MODE["glm3"], "你好", history=[])
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from glm_finetune.modes.tokenizer import StreamDecoder
-
 
 def as_messages(history):
     """Past turns as messages; pairs (question, answer), as ChatGLM-6B and 2 keep them, become two messages each."""
@@ -47,6 +45,31 @@ def chat(model, tokenizer, mode, query, history=(), role="user", template="offic
 def answer_ids(ids, stop):
     """Generated ids up to the first stop token."""
     return ids[: next((i for i, token in enumerate(ids) if token in stop), len(ids))]
+
+
+class StreamDecoder:
+    """Text of a growing list of ids, piece by piece, never half a character.
+
+    A character may be spread over several byte tokens; until its last one arrives decoding ends in U+FFFD, which is
+    held back. `push` returns what can be printed; `finish` what is left at the end.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.ids, self.printed = tokenizer, [], 0
+
+    def push(self, token_id):
+        self.ids.append(token_id)
+        return self._new(self._text().rstrip("\ufffd"))
+
+    def finish(self):
+        return self._new(self._text())
+
+    def _text(self):
+        return self.tokenizer.decode(self.ids, clean_up_tokenization_spaces=False)
+
+    def _new(self, text):
+        new, self.printed = text[self.printed :], max(self.printed, len(text))
+        return new
 
 
 class _TextStreamer(BaseStreamer):

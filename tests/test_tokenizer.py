@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from glm_finetune import MODE
-from glm_finetune.modes.tokenizer import StreamDecoder
+from glm_finetune.chat import StreamDecoder
 
 every_mode = pytest.mark.parametrize("mode", MODE)
 INJECTIONS = (

@@ -147,7 +147,7 @@ def tokenize(sources, settings, num_workers=0, cache_dir=None, progress=False, n
 def _in_workers(tasks, settings, num_workers):
     context = multiprocessing.get_context("forkserver")
     slow = [name for name in SLOW_IMPORTS if name in sys.modules]
-    context.set_forkserver_preload([*slow, settings.form.draft.__module__])  # once, in the server, not in every worker
+    context.set_forkserver_preload([settings.form.draft.__module__, *slow])  # once, in the server, not in every worker
     with ProcessPoolExecutor(num_workers, context, _start_worker, (settings,)) as pool:
         pending = deque()
         try:

@@ -11,8 +11,10 @@ makes preparation fast.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain
+from itertools import chain, compress
 from typing import NamedTuple
+
+import numpy as np
 
 from glm_finetune.loss import IGNORE
 from glm_finetune.modes.spec import Rendered
@@ -106,26 +108,29 @@ class Form:
 
     def _cut(self, draft, ids, limits, source_cut):
         """The draft without the tokens that limits leave no room for."""
-
-        def places(kind):
-            return [(p, i) for p, part in enumerate(ids) if draft.kinds[p] == kind for i in range(len(part))]
-
-        source, answer = places(SOURCE), places(ANSWER)
-        is_text = [isinstance(part, str) for part in draft.parts]
-        free = [(p, i) for p, i in source if is_text[p] and i < len(ids[p]) - self.question_tail]
-        excess = max(0, len(source) - limits.max_src_len)
+        lengths = [len(part) for part in ids]
+        ends = np.cumsum(lengths)
+        kinds, is_text, end = (
+            np.repeat(values, lengths)
+            for values in (draft.kinds, [isinstance(part, str) for part in draft.parts], ends)  # of each token
+        )
+        can_go = is_text & (np.arange(ends[-1]) < end - self.question_tail)
+        free, answer = np.flatnonzero((kinds == SOURCE) & can_go), np.flatnonzero(kinds == ANSWER)
+        num_source = int(np.count_nonzero(kinds == SOURCE))
+        excess = max(0, num_source - limits.max_src_len)
         if excess > len(free):
             raise ValueError(
                 f"its role tokens alone are more than --max_src_len {limits.max_src_len}: raise it, or use "
                 "--truncation head, which forgets the oldest rounds."
             )
         start = {"tail": len(free) - excess, "head": 0, "middle": (len(free) - excess) // 2}[limits.truncation]
-        gone = set(free[start : start + excess])
-        room = max(0, limits.max_len - self.overhead - len(source) + excess)
-        gone |= set(answer[room:])
+        room = max(0, limits.max_len - self.overhead - num_source + excess)
+        stays = np.ones(ends[-1], np.bool_)
+        stays[free[start : start + excess]] = False
+        stays[answer[room:]] = False
         if len(answer) > room and not limits.end_cut_answers:
-            gone.add((len(ids) - 1, 0))
-        ids = [[token for i, token in enumerate(part) if (p, i) not in gone] for p, part in enumerate(ids)]
+            stays[-1] = False
+        ids = [list(compress(part, stay)) for part, stay in zip(ids, np.split(stays, ends[:-1]))]
         return complete(draft, ids, source_cut, len(answer) > room)
 
     def _pieces(self, tokenizer, ids, limits):

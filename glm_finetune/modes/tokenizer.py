@@ -379,28 +379,3 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
 
     def convert_id_to_token(self, token_id):
         return self.names.get(token_id) or super().convert_id_to_token(token_id)
-
-
-class StreamDecoder:
-    """Text of a growing list of ids, piece by piece, never half a character.
-
-    A character may be spread over several byte tokens; until its last one arrives decoding ends in U+FFFD, which is
-    held back. `push` returns what can be printed; `finish` what is left at the end.
-    """
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.ids, self.printed = tokenizer, [], 0
-
-    def push(self, token_id):
-        self.ids.append(token_id)
-        return self._new(self._text().rstrip("\ufffd"))
-
-    def finish(self):
-        return self._new(self._text())
-
-    def _text(self):
-        return self.tokenizer.decode(self.ids, clean_up_tokenization_spaces=False)
-
-    def _new(self, text):
-        new, self.printed = text[self.printed :], max(self.printed, len(text))
-        return new
