@@ -98,7 +98,6 @@ def test_flags_of_another_train_type_are_named_and_the_right_ones_not():
         (["--train_type", "freeze", "--freeze_last", "1", "--freeze_module_name", "x"], ["give one of them"]),
         (["--train_type", "qlora", "--ds_file", "ds_zero3_no_offload.json"], ["qlora with ZeRO-3", "zero2"]),
         (["--train_type", "qlora", "--lora_variant", "pissa"], ["pissa", "--train_type lora"]),
-        (["--lora_variant", "dora", "--ds_file", "ds_zero3_offload.json"], ["dora with a ZeRO-3 file"]),
     ],
 )
 def test_what_does_not_work_together_is_refused_with_the_reason(arguments, parts):

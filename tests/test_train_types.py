@@ -89,7 +89,7 @@ def test_an_adapter_merges_into_a_16_bit_base(name, checkpoints, data_file, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["rslora", "pissa", "lora+", "modules to save"])
+@pytest.mark.parametrize("name", ["dora", "rslora", "pissa", "lora+", "modules to save"])
 def test_a_variant_gives_the_same_numbers_divided_by_zero3(name, checkpoints, data_file, tmp_path):
     train_type, flags = ADAPTERS[name]
     results = [

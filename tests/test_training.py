@@ -35,10 +35,13 @@ def run(mode, train_type, checkpoints, data_file, output_dir, world_size=1, **fl
 
 
 def dividing_all(name, path):
-    """Write the DeepSpeed file called `name` to `path`, with no weight too small for ZeRO-3 to divide."""
+    """Write the DeepSpeed file called `name` to `path`, with no weight too small for ZeRO-3 to divide or to give back
+    after each use.
+    """
     ds_json = read_ds_file(str(name))
     if ds_json["zero_optimization"]["stage"] == 3:
-        ds_json["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        limits = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
+        ds_json["zero_optimization"] |= {f"stage3_{name}": 0 for name in limits}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(ds_json))
     return path

@@ -125,11 +125,6 @@ def problems(config, train_type, stage):
         )
     if train_type.quantizes and config.lora_variant == "pissa":
         yield "--lora_variant pissa changes the base's weights, which qlora has quantised: use --train_type lora."
-    if config.lora_variant == "dora" and stage == 3 and "lora_variant" in train_type.flags:
-        yield (
-            "--lora_variant dora with a ZeRO-3 file: peft reads the whole base weight in every step, where ZeRO-3 "
-            "has a part of it. Use a ds_zero2_*.json."
-        )
 
 
 def unused_flags(train_type, given):
