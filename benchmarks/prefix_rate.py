@@ -6,6 +6,7 @@ A random ChatGLM3 of the 6B models' width with two layers learns data/spo_0.json
 a rate that is right for keys and values themselves saturates every tanh of an encoder.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -34,29 +35,41 @@ def saturation(tensors):
 
 def train(base, out, encoder, rate):
     """(loss of the last ten steps, saturation) after 40 steps."""
-    command = [sys.executable, str(ROOT / "train.py"), "--mode", "glm3", "--train_type", "ptuning", "--max_steps", "40"]
-    command += [
-        "--model_name_or_path",
-        str(base),
-        "--train_path",
-        str(ROOT / "data/spo_0.json"),
-        "--output_dir",
-        str(out),
+    flags = {
+        "mode": "glm3",
+        "train_type": "ptuning",
+        "model_name_or_path": base,
+        "train_path": ROOT / "data/spo_0.json",
+        "output_dir": out,
+        "max_len": 96,
+        "max_src_len": 64,
+        "per_device_train_batch_size": 4,
+        "max_steps": 40,
+        "precision": "fp32",
+        "prefix_projection": encoder,
+        "prefix_dropout": 0,
+        "learning_rate": rate,
+    }
+    command = [
+        sys.executable,
+        ROOT / "train.py",
+        *(part for name, value in flags.items() for part in (f"--{name}", value)),
     ]
-    command += ["--max_len", "96", "--max_src_len", "64", "--per_device_train_batch_size", "4", "--precision", "fp32"]
-    command += ["--prefix_projection", str(encoder), "--learning_rate", str(rate), "--prefix_dropout", "0"]
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run([*map(str, command)], check=True, capture_output=True)
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     return last["loss"], saturation(dict(iter_tensors(out / (out / "latest").read_text())))
 
 
 def main():
-    fields = shape(4096) | dict(num_layers=2, ffn_hidden_size=1024, padded_vocab_size=480)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two settings of a narrow model, to see that it runs")
+    quick = parser.parse_args().quick
+    fields = shape(128 if quick else 4096) | dict(num_layers=2, ffn_hidden_size=1024, padded_vocab_size=480)
     print(f"{'encoder':10}{'rate':>8}{'loss of steps 31 to 40':>26}{'tanh beyond 0.99':>20}")
     with tempfile.TemporaryDirectory(prefix="prefix-rate-") as folder:
         base = Path(folder) / "base"
         make_base(base, fields, torch.float32)
-        for i, (encoder, rate) in enumerate(SETTINGS):
+        for i, (encoder, rate) in enumerate(SETTINGS[::4] if quick else SETTINGS):
             loss, share = train(base, Path(folder) / str(i), encoder, rate)
             print(f"{encoder!s:10}{rate:8g}{loss:26.3f}{'-' if share is None else f'{share:.0%}':>20}", flush=True)
 

@@ -58,3 +58,10 @@ def test_data_finds_the_rows_of_the_original_and_reports_figures(data_file, tmp_
     assert set(report) == {"machine", "vocabulary", "preparation", "batches", "batches_of_data", "sizes"}
     for name, rate in report["preparation"]["rows_per_s"].items():
         assert f"{name:<38}{rate:>10,.0f}" in text
+
+
+@pytest.mark.slow
+def test_prefix_rate_measures_encoders_and_flat_prefixes():
+    rows = [line.split() for line in benchmark("prefix_rate", "--quick").splitlines()[1:]]
+    assert [row[0] for row in rows] == ["True", "False"]
+    assert all(float(row[2]) > 0 and row[3].endswith("%" if row[0] == "True" else "-") for row in rows)
