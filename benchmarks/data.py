@@ -210,6 +210,9 @@ def batching(path, settings, steps):
     config = MODE["glm3"].config(**config_of(4, 256, 688, 8, VOCABULARY))
     model = MODE["glm3"].model(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    steps = min(steps, len(data) // BATCH)
+    if not steps:
+        raise SystemExit(f"{path}: fewer than {BATCH} samples, too few to measure.")
     max_len, ways = settings.limits.max_len, ("padded", "grouped", "packed")
     ways = {way: list(batches_of(data, way, steps, max_len)) for way in ways}
     taken = dict.fromkeys(ways, 0.0)

@@ -111,12 +111,7 @@ def check_base(mode, folder, max_len=0):
             f"{folder}: rope_ratio is {config.source['rope_ratio']} in its config.json; models with stretched "
             "positions (the 32k variants) are not supported."
         )
-    name = str(config.source.get("_name_or_path", ""))
-    if re.search(mode.other_names, name, re.IGNORECASE):
-        raise ValueError(
-            f"{folder}: its config.json says it is {name}, not a model for --mode {mode.name}. If that is wrong, "
-            "correct _name_or_path there."
-        )
+    mode.refuse_others(folder, config.source)
     if max_len > config.max_positions:
         raise ValueError(f"--max_len {max_len}: {folder} was made for {config.max_positions} tokens (its config.json).")
     tokenizer = mode.tokenizer.from_pretrained(folder)

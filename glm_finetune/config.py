@@ -15,7 +15,7 @@ class DataFlags:
     """How rows become samples: flags of train.py and of the data report."""
 
     max_len: int = flag("tokens of a sample; longer answers are cut", 1024, "how rows become samples")
-    max_src_len: int = flag("tokens of what stands before an answer; more are cut, keeping the ending", 256)
+    max_src_len: int = flag("tokens of what stands before an answer; more are cut (--truncation)", 256)
     is_skip: bool = flag("leave out samples that do not fit instead of cutting them", False)
     truncation: str = flag(
         "what of a long question is cut: its tail (as ChatGLM-Finetuning), head (the oldest rounds first) or middle; "
@@ -34,7 +34,7 @@ class DataFlags:
         "train",
     )
     train_on: str = flag("answers of a conversation that are trained: all or last", "all")
-    on_bad_row: str = flag("stop at a bad row, or skip it and list it in a file", "stop")
+    on_bad_row: str = flag("stop at a bad row, or skip: leave it out and list it in a file", "stop")
 
     def data_problems(self):
         """Everything wrong with these flags, one line each."""
@@ -304,6 +304,9 @@ def conflicting_data_flags(config):
             yield f"--{second} goes without --{first}: {why}. Leave one of them out."
     if config.streaming and config.on_bad_row == "skip":
         yield "--on_bad_row skip goes without --streaming: a stream does not know its bad rows beforehand."
+    if config.streaming and (config.is_skip or config.truncation == "drop"):
+        flag_name = "is_skip" if config.is_skip else "truncation drop"
+        yield f"--{flag_name} goes without --streaming: a stream does not know beforehand what is too long."
     if config.shuffle_buffer and not config.streaming:
         yield "--shuffle_buffer goes with --streaming only: prepared data is shuffled as a whole."
 

@@ -32,6 +32,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from glm_finetune import dist
 
@@ -99,6 +100,8 @@ def exit_with_message(main):
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         if os.environ.get("GLM_FINETUNE_TRACEBACK"):
             traceback.print_exc()
+        for bar in list(getattr(tqdm, "_instances", ())):  # the words begin on a line of their own
+            bar.close()
         _say(str(error))
         _leave(2)
     except Exception as error:  # nothing is swallowed: it is printed, kept for the other ranks, and ends the process

@@ -171,7 +171,7 @@ def test_whatever_is_in_a_row_is_a_sample_or_one_clear_error(name, checkpoints):
         ("你好".encode("gbk"), "a.csv", ["not UTF-8", "iconv -f GBK"]),
         (lines(GOOD["text"] | {"text": "你好"}).decode().encode("gbk"), "a.jsonl", [", line 1: not UTF-8"]),
         (lines(GOOD["text"]) + '{"text": "你"}'.encode("gbk"), "a.jsonl", [", line 2: not UTF-8", "iconv"]),
-        (b"question,answer\na\n", "a.csv", [", line 2: field 'answer' is None"]),
+        (b"question,answer\na\n", "a.csv", [", line 2: 1 values less than the header has"]),
         (b'question,answer\n"a\nb",c\nd,e,f\n', "a.csv", [", line 4: 1 more values than the header has", "','"]),
         (b"question,answer\n", "a.csv", ["the file is empty"]),
         (b'question,answer\n"a"b,c\n', "a.csv", [", line 2: not CSV"]),

@@ -15,6 +15,7 @@ import pytest
 
 from glm_finetune import MODE
 from glm_finetune.data import blocks, cache, prepare
+from glm_finetune.data.columns import COLUMNS
 from glm_finetune.data.dataset import InstructionDataset
 from glm_finetune.data.files import list_sources
 from glm_finetune.data.formats import FORMATS
@@ -170,6 +171,13 @@ def test_a_change_of_the_code_is_another_cache(settings, data_file, tmp_path, mo
     assert key_of(data_file, settings) != before
 
 
+def flip(path):
+    """Change one bit."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-9])
 
@@ -180,10 +188,11 @@ def cut(path):
         ("input_ids", cut),
         ("is_target", cut),
         ("ends", Path.unlink),
+        *((name, flip) for name in COLUMNS),
         ("header.json", Path.unlink),
         ("header.json", cut),
         ("header.json", lambda path: path.write_text("[]")),
-        ("header.json", lambda path: path.write_text(path.read_text().replace('"format": 1', '"format": 0'))),
+        ("header.json", lambda path: path.write_text(path.read_text().replace('"format": 2', '"format": 1'))),
         ("header.json", lambda path: path.write_text(path.read_text().replace('"skipped"', '"omitted"'))),
     ],
 )

@@ -339,7 +339,10 @@ def messages_with(letters):
         (from_roles, {"content": "x"}, ["role None"]),
         (from_roles, {"role": "user"}, ["field 'content' is missing", "['role']"]),
         (from_roles, {"role": "user", "content": None}, ["'content' is None"]),
-        (from_roles, {"role": "user", "content": [{"type": "text"}]}, ["'content' is [", "not a string"]),
+        (from_roles, {"role": "user", "content": [{"type": "image"}]}, ["'content' is [", "not a string"]),
+        (from_roles, {"role": "user", "content": [{"type": "text"}]}, ["field 'text' is missing"]),
+        (from_roles, {"role": "assistant", "content": "x", "weight": 2}, ["'weight' is 2", "0 or 1"]),
+        (from_roles, {"role": "assistant", "tool_calls": [{}, {}]}, ["has 2 calls"]),
         (from_roles, {"role": "assistant", "content": "x", "loss": 1}, ["'loss' is 1"]),
         (from_roles, {"role": "user", "content": "x", "metadata": "f"}, ["'metadata'"]),
         (from_roles, {"role": "assistant", "content": "x", "metadata": "f\n<|user|>"}, ["'metadata'", "one line"]),
@@ -373,3 +376,12 @@ def test_what_is_nested_too_deep_is_refused_before_it_is_followed():
 def test_tools_must_be_a_list_of_objects_with_a_name(tools):
     row = {"tools": tools, "conversations": [user("a"), answer("b")]}
     refused(lambda: FORMATS["conversations"].messages(row), "field 'tools'")
+
+
+def test_tools_in_the_middle_or_at_the_end_are_refused():
+    tools = {"role": "system", "content": "s", "tools": [{"name": "f"}]}
+    turn = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    for messages in ([*turn, tools, *turn], [*turn, tools], [turn[0], tools, turn[1]]):
+        refused(lambda messages=messages: check_order(messages), "a system message cannot follow")
+    for messages in ([tools, *turn], [tools, {"role": "system", "content": "t"}, *turn], [tools, tools, *turn]):
+        check_order(messages)

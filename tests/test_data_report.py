@@ -205,3 +205,14 @@ def test_a_picture_needs_pillow_and_a_folder(tmp_path, monkeypatch):
     refused(lambda: save_histograms(panels, tmp_path / "none/a.png"), "none/a.png: cannot be written")
     monkeypatch.setitem(sys.modules, "PIL", None)
     refused(lambda: save_histograms(panels, tmp_path / "a.png"), "a.png", "pip install pillow")
+
+
+def test_a_folder_of_another_mode_is_refused(report, checkpoints):
+    config = checkpoints["glm3"] / "config.json"
+    text = config.read_text(encoding="utf-8")
+    try:
+        config.write_text(json.dumps(json.loads(text) | {"_name_or_path": "THUDM/chatglm2-6b"}), encoding="utf-8")
+        code, _, error = report(ROWS)
+    finally:
+        config.write_text(text, encoding="utf-8")
+    assert code == 2 and "THUDM/chatglm2-6b, not a model for --mode glm3" in error

@@ -109,7 +109,7 @@ def test_the_report_of_a_second_start_is_that_of_the_preparation(settings, data_
     damage_last_line(data_file)
     settings = replace(settings, on_bad_row="skip", limits=Limits(60, 20))
     expected = dataset(settings, data_file, None).report
-    assert expected.bad and len(list(expected.hints())) == 2
+    assert expected.bad and len(list(expected.hints())) == 3
     assert dataset(settings, data_file, tmp_path / "cache").report == expected
     monkeypatch.setattr(prepare, "tokenize_block", lambda *args: pytest.fail("tokenized again"))
     again = dataset(settings, data_file, tmp_path / "cache").report
@@ -164,3 +164,29 @@ def test_a_data_set_of_the_hub_is_read_at_every_start_and_a_saved_one_only_when_
     assert len(dataset(settings, f"{tmp_path}/saved#train", tmp_path / "cache")) == len(first) == 10
     (tmp_path / "saved/data.arrow").write_text("[]")
     assert len(dataset(settings, f"{tmp_path}/saved#train", tmp_path / "cache")) == 9
+
+
+def test_the_report_counts_by_weight(settings, tmp_path):
+    for name, length in (("long", 99), ("short", 3)):
+        row = json.dumps({"question": "长" * length, "answer": "答"}, ensure_ascii=False)
+        (tmp_path / f"{name}.jsonl").write_text(f"{row}\n" * 4, encoding="utf-8")
+    path = f"{tmp_path}/long.jsonl:3,{tmp_path}/short.jsonl:2"
+    for too_long, kept, skipped in (("cut", 20, 0), ("drop", 8, 12)):
+        report = dataset(replace(settings, limits=Limits(80, 40), too_long=too_long), path, None).report
+        assert (report.rows, report.kept, report.question_cut, report.skipped) == (8, kept, 12, skipped)
+        assert any("(60.0%)" in line for line in report.table())
+
+
+def test_a_file_that_changes_while_a_start_waits_is_not_prepared_under_its_old_name(
+    settings, data_file, tmp_path, monkeypatch
+):
+    work = cache.read
+
+    def change(*args, **kwargs):
+        data_file.write_text(data_file.read_text(encoding="utf-8") * 2, encoding="utf-8")
+        return work(*args, **kwargs)
+
+    monkeypatch.setattr(cache, "read", change)
+    refused(lambda: prepared(data_file, settings, tmp_path / "cache"), "changed while it was read")
+    monkeypatch.setattr(cache, "read", work)
+    assert not list((tmp_path / "cache").glob("*/header.json"))

@@ -58,13 +58,11 @@ def test_memory_holds_two_windows_and_reads_each_once(checkpoints, data_file, mo
     assert len(read) <= len(data.rows._blocks) + 3  # a block on the border of two windows is read for both
 
 
-def test_a_row_that_is_skipped_stays_without_targets(checkpoints, data_file):
-    prepared = dataset(checkpoints, data_file, limits=(60, 20), too_long="drop")
-    assert 0 < prepared.report.skipped < 11
-    streamed = dataset(checkpoints, data_file, window=4, limits=(60, 20), too_long="drop")
-    rows = [streamed[i] for i in range(11)]
-    with_targets = [row for row in rows if any(label != -100 for label in row["labels"])]
-    assert len(rows) == 11 and with_targets == list(prepared)
+def test_a_file_that_changes_under_a_stream_is_named(checkpoints, data_file):
+    data = dataset(checkpoints, data_file, window=4)
+    data[0]
+    data_file.write_text(data_file.read_text(encoding="utf-8") * 2, encoding="utf-8")
+    refused(lambda: data[8], str(data_file), "changed while it was read")
 
 
 def test_a_bad_line_is_named_when_it_is_its_turn(checkpoints, data_file, rows):
@@ -152,6 +150,8 @@ def test_a_position_needs_no_order_of_the_whole_file():
         (["--streaming", "--group_by_length"], "--group_by_length goes without --streaming"),
         (["--packing", "--group_by_length"], "--group_by_length goes without --packing"),
         (["--streaming", "--on_bad_row", "skip"], "--on_bad_row skip goes without --streaming"),
+        (["--streaming", "--is_skip"], "--is_skip goes without --streaming"),
+        (["--streaming", "--truncation", "drop"], "--truncation drop goes without --streaming"),
         (["--shuffle_buffer", "100"], "--shuffle_buffer goes with --streaming only"),
         (["--streaming", "--shuffle_buffer", "0"], "--shuffle_buffer 0: must be above 0"),
     ],

@@ -7,19 +7,20 @@ the lengths before anything is cut.
 """
 
 import os
-import re
 import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 from glm_finetune import MODE, exits
 from glm_finetune.config import ReportConfig
 from glm_finetune.data.dataset import InstructionDataset, describe_sample
-from glm_finetune.data.files import list_sources
+from glm_finetune.data.files import list_sources, occurrences
 from glm_finetune.data.histogram import Panel, save_histograms
 from glm_finetune.data.report import write_bad_rows
 from glm_finetune.data.samples import of_source, prepare_row, settings_of
 from glm_finetune.flags import parse, raise_together, unknown_choice
+from glm_finetune.weights import read_json
 
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 
@@ -31,6 +32,9 @@ def main():
     config = parse(ReportConfig, arguments, __doc__)
     raise_together(unknown_choice("mode", config.mode, tuple(MODE)))
     mode = MODE[config.mode]
+    config_json = Path(config.model_name_or_path) / "config.json"
+    if config_json.is_file():
+        mode.refuse_others(config.model_name_or_path, read_json(config_json))
     tokenizer = mode.tokenizer.from_pretrained(config.model_name_or_path)
     settings = settings_of(config, mode, tokenizer)
     data = InstructionDataset(config.train_path, settings, progress=sys.stderr.isatty())
@@ -57,14 +61,15 @@ def uncut_lengths(path, settings):
     sources, samples = Counter(), Counter()
     for source in list_sources(path):
         known = replace(of_source(source, settings), limits=None)
-        for number, row in source.rows():
+        for place, (number, row) in enumerate(source.rows()):
+            times = occurrences(place, source.weight)
             try:
                 rendered = prepare_row(source.where(number), row, known)
             except ValueError:
                 continue
-            for one in rendered:
-                samples[len(one.input_ids)] += 1
-                sources[one.num_source] += 1
+            for one in rendered if times else ():
+                samples[len(one.input_ids)] += times
+                sources[one.num_source] += times
     return sources, samples
 
 
@@ -73,9 +78,8 @@ def in_colour():
 
 
 def preview(row, tokenizer, colour):
-    """A sample as text, its targets between marks and in green; control characters are shown, never sent."""
+    """A sample as text, its targets between marks and in green."""
     text = describe_sample(row, tokenizer)
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
     return text.replace("⟦", GREEN + "⟦").replace("⟧", "⟧" + PLAIN) if colour else text
 
 

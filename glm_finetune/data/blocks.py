@@ -106,10 +106,16 @@ def signature(path):
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
-def check_unchanged(path, before):
-    """Raise ValueError unless the file still has the signature `before`."""
-    if signature(path) != before:
-        raise ValueError(f"{path}: the file was changed while it was read. Start again when it is complete.")
+def signatures(sources):
+    """{path: its signature} of all files of the sources."""
+    return {path: signature(path) for source in sources for path in source.files()}
+
+
+def check_unchanged(before):
+    """Raise ValueError unless the files still have these `signatures`."""
+    for path, old in before.items():
+        if signature(path) != old:
+            raise ValueError(f"{path}: the file was changed while it was read. Start again when it is complete.")
 
 
 def layout_of(source, path, cache_dir=None):
@@ -164,7 +170,7 @@ def scan(path, has_blocks=True):
         layout = _scan_lines(str(path), file) if has_blocks else Layout(hashlib.file_digest(file, "sha256").hexdigest())
     if layout.num_rows == 0:
         raise ValueError(f"{path}: the file is empty.")
-    check_unchanged(path, before)
+    check_unchanged({path: before})
     return layout
 
 

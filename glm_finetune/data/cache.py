@@ -10,11 +10,13 @@ hub is prepared at every start: what it holds is not known before it is read.
 """
 
 import errno
+import functools
 import hashlib
 import json
 import os
 import shutil
 import time
+import zlib
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -22,15 +24,16 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from glm_finetune.data.blocks import check_unchanged, content_of, signature
+from glm_finetune.data.blocks import check_unchanged, content_of, signatures
 from glm_finetune.data.columns import COLUMNS, Samples
 from glm_finetune.data.lock import locked
 from glm_finetune.data.prepare import choose_workers, tokenize
 from glm_finetune.data.report import Report
 from glm_finetune.weights import read_json, write_json
 
-FORMAT = 1
+FORMAT = 2
 HEADER = "header.json"
+CHECKED_BYTES = 2**28  # of an array; reading them takes a fraction of a second
 PACKAGE = Path(__file__).parents[1]
 
 
@@ -47,6 +50,7 @@ def prepared(sources, settings, cache_dir, overwrite=False, progress=False, num_
     Raises ValueError for a bad row (file and line), OSError naming --cache_dir if nothing can be written there.
     """
     started = time.time()
+    before = signatures(sources)
     with naming_the_cache(cache_dir):
         contents = [content_of(source, cache_dir) for source in sources]
         folder = Path(cache_dir) / key_of(sources, contents, settings)
@@ -57,7 +61,7 @@ def prepared(sources, settings, cache_dir, overwrite=False, progress=False, num_
                 samples = read(folder, oldest, say=print)  # somebody else may have made it meanwhile
                 if samples is None:
                     _raise_old_error(folder, started)
-                    _build(folder, sources, settings, progress, num_workers, num_threads)
+                    _build(folder, before, sources, settings, progress, num_workers, num_threads)
                     samples = read(folder)
     return samples
 
@@ -107,12 +111,24 @@ def read(folder, oldest=0, say=None):
         if header["format"] != FORMAT:
             raise ValueError(f"format {header['format']}, not {FORMAT}")
         columns = {name: _map(folder / name, header["counts"][name], dtype) for name, dtype in COLUMNS.items()}
+        if wrong := [name for name, column in columns.items() if checksum(column) != header["checksums"][name]]:
+            raise ValueError(f"{', '.join(wrong)}: not the bytes that were written")
         report = Report.from_json(header["report"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if say:
             say(f"{folder}: damaged ({error}); it is prepared again.", flush=True)
         return None
     return Samples(columns, report) if header["made"] >= oldest else None
+
+
+def checksum(column):
+    """CRC-32 of an array; of one with more than CHECKED_BYTES, of as much in evenly spread pieces of 1 MiB."""
+    data, piece = memoryview(column).cast("B"), 2**20
+    num_pieces = CHECKED_BYTES // piece
+    if len(data) <= CHECKED_BYTES:
+        return zlib.crc32(data)
+    starts = [i * (len(data) - piece) // (num_pieces - 1) for i in range(num_pieces)]
+    return functools.reduce(lambda crc, start: zlib.crc32(data[start : start + piece], crc), starts, 0)
 
 
 def _map(path, count, dtype):
@@ -122,14 +138,19 @@ def _map(path, count, dtype):
     return np.memmap(path, dtype, "r", shape=(count,)) if count else np.zeros(0, dtype)
 
 
-def _build(folder, sources, settings, progress, num_workers, num_threads):
+def _build(folder, before, sources, settings, progress, num_workers, num_threads):
+    """before: the signatures of the files when their content was hashed, which must still be theirs."""
     for old in folder.parent.glob(f"tmp-{folder.name}-*"):  # of processes that were killed: the lock is ours
         shutil.rmtree(old)
     temporary = folder.parent / f"tmp-{folder.name}-{os.getpid()}"
     temporary.mkdir()
     try:
+        check_unchanged(before)
         counts, report = _write(temporary, sources, settings, progress, num_workers, num_threads)
+        check_unchanged(before)
+        columns = {name: _map(temporary / name, counts[name], dtype) for name, dtype in COLUMNS.items()}
         header = {"format": FORMAT, "made": time.time(), "counts": counts, "report": vars(report)}
+        header["checksums"] = {name: checksum(column) for name, column in columns.items()}
         write_json(header, temporary / HEADER)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
@@ -143,7 +164,6 @@ def _build(folder, sources, settings, progress, num_workers, num_threads):
 def _write(folder, sources, settings, progress, num_workers, num_threads):
     """Write the columns; returns (elements of each, report). Every file is on the disk before this returns."""
     report, counts = Report(settings.too_long), dict.fromkeys(COLUMNS, 0)
-    before = {path: signature(path) for source in sources for path in source.files()}
     workers = choose_workers(sources) if num_workers is None else num_workers
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / name, "wb")) for name in COLUMNS}
@@ -155,8 +175,6 @@ def _write(folder, sources, settings, progress, num_workers, num_threads):
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
-    for path, old in before.items():
-        check_unchanged(path, old)
     return counts, report
 
 

@@ -19,7 +19,7 @@ COLUMNS = {
     "is_target": np.bool_,  # (T,) where the label is the token itself; elsewhere it is -100
     "ends": np.int64,  # (S,) where a sample ends in them; it begins where the one before ends
     "num_prefix": np.int32,  # (S,)
-    "sources": np.uint16,  # (S,) which of the sources a sample is from
+    "sources": np.uint32,  # (S,) which of the sources a sample is from
     "numbers": np.int64,  # (S,) line, entry or row of it, from 1
 }
 

@@ -120,11 +120,16 @@ def from_roles(entry):
     if role not in ("system", "user", "assistant", "observation"):
         raise ValueError(f"role {role!r:.40}: must be system, user, assistant, observation or tool.")
     calls = list_of(entry, "tool_calls") if entry.get("tool_calls") else []
+    if len(calls) > 1:
+        raise ValueError(f"field 'tool_calls' has {len(calls)} calls; ChatGLM3 makes one and waits for its result.")
     spoken = [_spoken(entry, role) | loss] if entry.get("content") or not calls else []
     return spoken + [_openai_call(call) | loss for call in calls]
 
 
 def _spoken(entry, role):
+    content = entry.get("content")
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        entry = {**entry, "content": "".join(text_of(part, "text") for part in content)}  # OpenAI's parts
     message = {"role": role, "content": text_of(entry, "content")}
     if role == "system" and (tools := tools_of(entry)):
         message["tools"] = tools
@@ -136,12 +141,14 @@ def _spoken(entry, role):
 
 
 def _loss_of(entry):
-    """{"loss": bool} if the entry says whether it is trained."""
-    if entry.get("loss") is None:
-        return {}
-    if not isinstance(entry["loss"], bool):
-        raise ValueError(f"field 'loss' is {entry['loss']!r:.40}; it must be true or false.")
-    return {"loss": entry["loss"]}
+    """{"loss": bool} if the entry says whether it is trained: `loss` (ChatGLM3), or `weight` 0 or 1 (OpenAI)."""
+    for name, values in (("loss", "true or false"), ("weight", "0 or 1")):
+        value = entry.get(name)
+        if value is not None:
+            if value not in (0, 1) or isinstance(value, bool) != (name == "loss"):
+                raise ValueError(f"field {name!r} is {value!r:.40}; it must be {values}.")
+            return {"loss": bool(value)}
+    return {}
 
 
 def _openai_call(call):
@@ -188,18 +195,20 @@ def check_order(messages, needs_answer=True):
     """
     if [message["role"] for message in messages] == ["user", "assistant"]:  # most rows: be quick
         return
-    spoken = [message for message in messages if "tools" not in message]
-    before = "start"
-    for i, message in enumerate(spoken, 1):
-        role = message["role"]
+    before, place = "start", 0
+    for message in messages:
+        role, has_tools = message["role"], "tools" in message
+        place += not has_tools  # a list of tools beside the messages is none of them
         allowed = {
-            "system": before == "start",
+            "system": before == "start" or (has_tools and before == "system"),
             "user": before in ("start", "system", "assistant"),
             "assistant": before in ("user", "observation") or (before == "assistant" and "metadata" in message),
             "observation": before == "call",
         }[role]
         if not allowed:
-            raise ValueError(f"message {i}: {_what(role)} cannot follow {_what(before)}.")
+            raise ValueError(f"message {max(1, place)}: {_what(role)} cannot follow {_what(before)}.")
+        if has_tools:
+            continue
         before = "call" if role == "assistant" and message.get("metadata", "").strip() else role
     if before in ("start", "system"):
         raise ValueError("the conversation is empty." if before == "start" else "the conversation is a system message.")

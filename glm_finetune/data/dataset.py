@@ -7,6 +7,7 @@ The batch contract, which every model reads (B rows, T tokens, right-padded):
   within samples is enough, segment_bounds (S + 1,) int32: see `models.layers.Segments`.
 """
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,6 +23,8 @@ from glm_finetune.data.samples import Settings, check_limits
 from glm_finetune.data.stream import Stream
 from glm_finetune.loss import IGNORE, target_index
 from glm_finetune.modes.spec import Limits
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class InstructionDataset(Sequence):
@@ -48,8 +51,8 @@ class InstructionDataset(Sequence):
         if not len(self):
             bad = "".join(f"\n{problem}" for problem in self.report.bad[:NUM_SHOWN])
             raise ValueError(
-                f"{path}: no row left to train on ({self.report}). Raise --max_len and --max_src_len, or "
-                f"leave out --is_skip.{bad}"
+                f"{path}: no row left to train on ({self.report}). For the skipped raise --max_len and --max_src_len "
+                f"or cut them (neither --is_skip nor --truncation drop); the others have no answer to train.{bad}"
             )
 
     def __len__(self):
@@ -165,12 +168,16 @@ def without_targets(row):
 
 
 def describe_sample(row, tokenizer):
-    """One row as text, its targets between ⟦ and ⟧: what the model is asked and what it is taught."""
+    """One row as text, its targets between ⟦ and ⟧: what the model is asked and what it is taught.
+
+    Control characters are shown, never sent to a terminal.
+    """
     parts, start = [], 0
     flags = [label != IGNORE for label in row["labels"]]
     for end in range(1, len(flags) + 1):
         if end == len(flags) or flags[end] != flags[start]:
             text = "".join(decode_with_names(row["input_ids"][start:end], tokenizer))
+            text = CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
             parts.append(f"⟦{text}⟧" if flags[start] else text)
             start = end
     return "".join(parts)

@@ -12,8 +12,10 @@ import gzip
 import io
 import json
 import math
+import os
 import re
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -23,6 +25,7 @@ MAX_LINE = 1 << 24  # bytes of a JSON line; a longer one is a broken file, not a
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
 HUB = "hf://"
+CONVERT = "Convert it, e.g. iconv -f GBK -t UTF-8 (from Windows also -f UTF-16)."
 BOM = b"\xef\xbb\xbf"
 _decode = json.JSONDecoder().raw_decode
 BATCH_ROWS = 1024  # of Parquet that are in memory at a time
@@ -95,7 +98,9 @@ def list_sources(text):
 
     Raises ValueError for what is not there or cannot be read here.
     """
-    parts = [str(text)] if Path(text).exists() else [part.strip() for part in str(text).split(",")]
+    parts = [str(text)] if os.path.exists(text) else [part.strip() for part in str(text).split(",")]
+    if not all(parts):
+        raise ValueError(f"{text!r}: a name is missing beside a comma. Take the comma out.")
     return [source for part in parts for source in _sources_of(part)]
 
 
@@ -106,10 +111,10 @@ def paths_of(*texts):
 
 def _sources_of(text):
     weight = Fraction(1)
-    if (match := re.fullmatch(r"(.+):(\d+(?:\.\d+)?)", text)) and not Path(text).exists():
+    if (match := re.fullmatch(r"(.+):(-?\d+\.?\d*|-?\.\d+)", text)) and not os.path.exists(text):
         text, weight = match[1], Fraction(match[2])
-    if weight == 0:
-        raise ValueError(f"{text}:0: a weight must be above 0; leave the file out.")
+    if weight <= 0:
+        raise ValueError(f"{text}:{float(weight):g}: a weight must be above 0; leave the file out.")
     path = Path(text)
     if text.startswith(HUB) or _is_saved(Path(text.partition("#")[0])):
         return [Source(text, "datasets", weight)]
@@ -118,7 +123,7 @@ def _sources_of(text):
         if not files:
             raise ValueError(f"{text}: no file of {', '.join(SUFFIXES)} (or .gz) in this folder.")
         return [_source_of_file(p, weight) for p in files]
-    if not path.is_file():
+    if not os.path.isfile(text):
         raise ValueError(f"{text}: no such file. (A data set of the Hugging Face hub is {HUB}owner/name.)")
     return [_source_of_file(path, weight)]
 
@@ -161,7 +166,7 @@ def _begins_with(path, mark):
 
 
 def _not_utf8(error):
-    return f"not UTF-8 (byte {error.start}). Convert it, e.g. iconv -f GBK -t UTF-8."
+    return f"not UTF-8 (byte {error.start}). {CONVERT}"
 
 
 def _read_lines(path):
@@ -205,8 +210,9 @@ def _parse(line):
     except json.JSONDecodeError as error:
         hint = " Is an object spread over several lines? One row is one line." if text in "{[" else ""
         return Unreadable(f"not JSON ({error.msg}): {text[:60]!r}{hint}")
-    except RecursionError:
-        return Unreadable(f"nested too deep: {text[:60]!r}")
+    except (RecursionError, ValueError) as error:
+        problem = "nested too deep" if isinstance(error, RecursionError) else f"not JSON ({error})"
+        return Unreadable(f"{problem}: {text[:60]!r}")
 
 
 def _read_array(path):
@@ -219,28 +225,43 @@ def _read_array(path):
         raise ValueError(f"{path}: {_not_utf8(error)}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg}).") from None
-    except RecursionError:
-        raise ValueError(f"{path}: nested too deep.") from None
+    except (RecursionError, ValueError) as error:
+        problem = "nested too deep" if isinstance(error, RecursionError) else f"not JSON ({error})"
+        raise ValueError(f"{path}: {problem}.") from None
 
 
 def _read_table(delimiter, path):
     """CSV or TSV with a header; every value stays the text it is. A number is the row's first line."""
     csv.field_size_limit(MAX_LINE)  # of the whole process; the default is 128 KiB
+    kind, start = _suffix(Path(path))[1:].upper(), 1
     with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
-        start = 2
+        reader, header = csv.reader(file, delimiter=delimiter, strict=True), None
         try:
-            for row in reader:
-                if None in row:
-                    row = Unreadable(
-                        f"{len(row[None])} more values than the header has; quote a {delimiter!r} in text."
-                    )
-                yield start, row
+            for values in reader:
+                if header is None and values:
+                    header = _header(path, values)
+                elif values:
+                    yield start, _table_row(header, values, delimiter)
                 start = reader.line_num + 1
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: {_not_utf8(error)}") from None
+            byte = error.object[error.start : error.start + 1]
+            raise ValueError(f"{path}, line {start} or later: not UTF-8 (byte {byte!r}). {CONVERT}") from None
         except csv.Error as error:
-            raise ValueError(f"{path}, line {start}: not {_suffix(Path(path))[1:].upper()} ({error}).") from None
+            raise ValueError(f"{path}, line {start}: not {kind} ({error}).") from None
+
+
+def _header(path, names):
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"{path}: two columns are named {twice[0]!r}. Rename one of them.")
+    return names
+
+
+def _table_row(header, values, delimiter):
+    """{column: text}, or Unreadable."""
+    if more := len(values) - len(header):
+        than = "more values than the header has" if more > 0 else "values less than the header has"
+        return Unreadable(f"{abs(more)} {than}; quote a {delimiter!r} in text.")
+    return dict(zip(header, values))
 
 
 def _read_parquet(path):
@@ -250,12 +271,15 @@ def _read_parquet(path):
         raise _missing("pyarrow", path) from None
     with _open(path) as file:
         content = io.BytesIO(file.read()) if _is_gzip(path) else file
+        number = 0
         try:
-            table = pyarrow.parquet.ParquetFile(content)
-            batches = table.iter_batches(batch_size=BATCH_ROWS)
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
-        except pyarrow.ArrowException as error:
-            raise ValueError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}).") from None
+            for batch in pyarrow.parquet.ParquetFile(content).iter_batches(batch_size=BATCH_ROWS):
+                rows = batch.to_pylist()
+                yield from enumerate(rows, number + 1)
+                number += len(rows)
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
+            after = f" after row {number}" if number else ""
+            raise ValueError(f"{path}: not a readable Parquet file{after} ({str(error).splitlines()[0]}).") from None
 
 
 def _read_datasets(text):
@@ -271,7 +295,10 @@ def _read_datasets(text):
             rows = datasets.load_dataset(f"{owner}/{title}", config[0] or None, split=split or "train", streaming=True)
         else:
             rows = datasets.load_from_disk(name)
-            rows = rows[split or "train"] if isinstance(rows, datasets.DatasetDict) else rows
+            if isinstance(rows, datasets.DatasetDict):
+                rows = rows[split or "train"]
+            elif split:
+                raise ValueError(f"it has no splits; leave #{split} out")
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{text}: `datasets` cannot load it ({type(error).__name__}: {error}).") from None
     yield from enumerate(rows, 1)

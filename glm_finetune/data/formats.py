@@ -6,6 +6,7 @@
 What a row of each format looks like is in data/README.md.
 """
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ class Format:
         if any(name not in row for name in needed):
             return False
         entries = row[self.fields[0]]
+        if self.entry_field and isinstance(entries, str):  # as a CSV cell holds it
+            entries = as_list(entries)
         if not self.entry_field or not isinstance(entries, list) or not entries or not isinstance(entries[0], dict):
             return self.entry_field != "from"  # nothing to tell them apart: role / content
         return ("from" in entries[0]) == (self.entry_field == "from")
@@ -62,6 +65,14 @@ class Format:
         return messages
 
 
+def as_list(text):
+    """The value of a JSON text, None if it is not one."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
 def pair(fields, answer, row, prompt_text=""):
     """One question, the texts of `fields` with nothing between them, and its answer."""
     question = prompt_text + "".join([text_of(row, name) for name in fields if row.get(name) != ""])
@@ -69,19 +80,21 @@ def pair(fields, answer, row, prompt_text=""):
     return [{"role": "user", "content": question}, *answers]
 
 
-def with_history(row):
-    """prompt / response after a history of [question, answer] pairs, as in the official chat training."""
+def with_history(fields, answer, row):
+    """`pair` after a history of [question, answer] pairs, as in the official chat training, and a `system` text."""
     messages = []
+    if row.get("system") not in (None, ""):
+        messages.append({"role": "system", "content": text_of(row, "system")})
     for i, turn in enumerate(list_of(row, "history") if row.get("history") not in (None, "") else [], 1):
         if not isinstance(turn, list) or len(turn) != 2:
             raise ValueError(f"field 'history', round {i}: expected [question, answer], found {turn!r:.60}.")
-        question, answer = ({"text": text} for text in turn)
+        question, answered = ({"text": text} for text in turn)
         try:
             messages += [{"role": "user", "content": text_of(question, "text")}]
-            messages += [{"role": "assistant", "content": text_of(answer, "text")}]
+            messages += [{"role": "assistant", "content": text_of(answered, "text")}]
         except ValueError as error:
             raise ValueError(f"field 'history', round {i}: {error}") from None
-    return messages + pair(("prompt",), "response", row)
+    return messages + pair(fields, answer, row)
 
 
 def conversation(field, convert, row):
@@ -105,6 +118,10 @@ def _pair(name, fields, answer, takes_prompt=False):
     return Format(name, fields, answer, partial(pair, fields, answer), takes_prompt=takes_prompt)
 
 
+def _history(name, fields, answer):
+    return Format(name, fields, answer, partial(with_history, fields, answer), optional=("history", "system"))
+
+
 def _conversation(name, field, convert, entry_field):
     return Format(name, (field,), None, partial(conversation, field, convert), ("tools", "system"), False, entry_field)
 
@@ -112,12 +129,12 @@ def _conversation(name, field, convert, entry_field):
 FORMATS = {
     form.name: form
     for form in (
-        _pair("instruction", ("instruction", "input"), "output"),
+        _history("instruction", ("instruction", "input"), "output"),
         _pair("advertisegen", ("content",), "summary"),
         _pair("question_answer", ("question",), "answer"),
         _pair("context_target", ("context",), "target"),
         _pair("text_answer", ("text",), "answer", takes_prompt=True),
-        Format("prompt_response", ("prompt",), "response", with_history, optional=("history",)),
+        _history("prompt_response", ("prompt",), "response"),
         _conversation("conversations", "conversations", from_roles, "role"),
         _conversation("sharegpt", "conversations", from_speakers, "from"),
         _conversation("messages", "messages", from_roles, None),

@@ -78,7 +78,7 @@ def tokenize_block(settings, task, num_threads=1):
         times = occurrences(place, task.source.weight)
         first, last = last, last + len(of_row or ())
         if of_row is not None and all(fits[first:last]):
-            wholes.append(of_row)
+            wholes.append((times, of_row))
             for draft, start, end in zip(of_row, ends[first:last], ends[first + 1 : last + 1]):
                 builder.add(number, times, ids[start:end], draft.is_target, draft.num_prefix_parts)
             continue
@@ -89,7 +89,7 @@ def tokenize_block(settings, task, num_threads=1):
                 raise
             report.add_bad(error)
             continue
-        for one in report.keep(rendered):
+        for one in report.keep(rendered, times):
             builder.add_rendered(number, times, one)
     report.keep_whole(wholes)
     columns = builder.columns(task.position)

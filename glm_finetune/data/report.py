@@ -38,7 +38,7 @@ class Report:
 
     too_long: str = "cut"
     rows: int = 0
-    kept: int = 0  # samples; a row can be several, and count several times by its file's weight
+    kept: int = 0  # samples; they and all below, but no_target, count by the weight of their file
     question_cut: int = 0
     answer_cut: int = 0
     skipped: int = 0  # too long, and left out because of --is_skip or --truncation drop
@@ -63,27 +63,27 @@ class Report:
         self.bad += other.bad
         self.lengths.update(other.lengths)
 
-    def keep(self, rendered):
-        """Count what became of the samples of a row; returns those to train on, which are to be counted too."""
+    def keep(self, rendered, times=1):
+        """Count what became of the samples of a row that counts `times`; returns those to train on, to `count`."""
         self.rows += 1
         learns = [any(label != IGNORE for label in one.labels) for one in rendered]
         self.no_target += not any(learns)
         kept = []
         for one, has_target in zip(rendered, learns):
-            self.question_cut += one.source_cut
-            self.answer_cut += one.target_cut
-            self.answer_empty += one.answer_empty
+            self.question_cut += times * one.source_cut
+            self.answer_cut += times * one.target_cut
+            self.answer_empty += times * one.answer_empty
             if self.too_long == "drop" and (one.source_cut or one.target_cut):
-                self.skipped += 1
+                self.skipped += times
             elif has_target:
                 kept.append(one)
         return kept
 
     def keep_whole(self, rows):
-        """The same for rows of which nothing is cut and all is trained on. rows: a list of drafts for each."""
+        """The same for rows of which nothing is cut and all is trained on. rows: (times, drafts) of each."""
         self.rows += len(rows)
-        self.no_target += sum(not drafts for drafts in rows)
-        self.answer_empty += sum(draft.answer_empty for drafts in rows for draft in drafts)
+        self.no_target += sum(not drafts for _, drafts in rows)
+        self.answer_empty += sum(times * draft.answer_empty for times, drafts in rows for draft in drafts)
 
     def count(self, columns):
         """Count samples to train on. columns: `columns.COLUMNS`."""
@@ -145,9 +145,11 @@ class Report:
         """What the counts say that the user should know, one line each."""
         if self.question_cut and self.too_long == "cut":
             yield (
-                f"{self.question_cut:,} questions were cut: raise --max_src_len (--truncation head keeps the newest "
-                "rounds of a conversation, and the end of a question)."
+                f"{self.question_cut:,} questions were cut: raise --max_src_len. Of a conversation --truncation tail "
+                "cuts the newest question; head forgets the oldest rounds instead."
             )
+        if self.answer_cut and self.too_long == "cut":
+            yield f"{self.answer_cut:,} answers were cut: raise --max_len."
         if self.bad:
             yield f"{len(self.bad):,} bad rows were left out, the first: {self.bad[0]}"
 
@@ -158,6 +160,7 @@ def write_bad_rows(path, *data_sets):
     data_sets: None is passed over.
     """
     bad = [problem for data in data_sets if data is not None for problem in data.report.bad]
+    Path(path).unlink(missing_ok=True)  # of an earlier run
     if bad:
         Path(path).write_text("".join(f"{problem}\n" for problem in bad), encoding="utf-8")
     return path if bad else None

@@ -5,6 +5,7 @@ for source in list_sources(path):
     for number, row in source.rows(): prepare_row(source.where(number), row, of_source(source, settings))
 """
 
+import json
 from dataclasses import dataclass, field, replace
 
 from glm_finetune.data.files import Unreadable, list_sources
@@ -35,7 +36,7 @@ class Settings:
 
 def settings_of(config, mode, tokenizer):
     """Flags -> Settings. Raises ValueError for lengths that leave no room and names that no format has."""
-    check_limits(config.max_len, config.max_src_len, mode.form)
+    check_limits(config.max_len, config.max_src_len, mode.form, min_room=1)
     cuts = config.truncation in TRUNCATIONS
     limits = Limits(
         config.max_len,
@@ -57,11 +58,14 @@ def settings_of(config, mode, tokenizer):
     )
 
 
-def check_limits(max_len, max_src_len, form):
-    """Raise ValueError unless a question of max_src_len tokens fits into max_len, and its ending into max_src_len."""
+def check_limits(max_len, max_src_len, form, min_room=0):
+    """Raise ValueError unless a question of max_src_len tokens fits into max_len, and its ending into max_src_len.
+
+    min_room: tokens that must be left for its answer; ChatGLM-Finetuning asks for none.
+    """
     if max_src_len >= max_len:
         raise ValueError(f"--max_src_len {max_src_len} must be below --max_len {max_len}: the answer needs room too.")
-    if max_src_len + form.overhead > max_len:
+    if max_src_len + form.overhead + min_room > max_len:
         raise ValueError(
             f"--max_len {max_len} leaves no room for an answer after --max_src_len {max_src_len} and the "
             f"{form.overhead} special tokens of this mode: use --max_len {max_src_len + form.overhead + 1} or more."
@@ -154,6 +158,16 @@ def drafts_of(rows, settings):
     return drafts
 
 
+def _as_json(row, where):
+    """The row as it can be written beside its answer: dates and the like (of Parquet) as text."""
+    text = json.dumps(row, ensure_ascii=False, default=str)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: a field has {text[error.start]!r}, half of a character.") from None
+    return json.loads(text)
+
+
 def read_questions(config, trained_prompt=None):
     """Yield (row, messages up to the last answer, that answer or None) of --test_path. config: PredictConfig.
 
@@ -172,9 +186,14 @@ def read_questions(config, trained_prompt=None):
         known = of_source(source, settings, needs_answer=False)
         if named(known.data_format).takes_prompt:
             known = replace(known, prompt_text=known.prompt_text or trained_prompt or "")
+        if source.weight != 1:
+            raise ValueError(
+                f"--test_path {source.path}:{float(source.weight):g}: answers need no weight. Leave it out."
+            )
         for number, row in source.rows():
             messages = messages_in(source.where(number), row, known, needs_answer=False)
             asked = len(messages)
             while asked and messages[asked - 1]["role"] == "assistant":
                 asked -= 1
-            yield row, messages[:asked], messages[-1]["content"] if asked < len(messages) else None
+            answer = messages[-1]["content"] if asked < len(messages) else None
+            yield _as_json(row, source.where(number)), messages[:asked], answer

@@ -9,17 +9,16 @@ there without reading what came before.
 
 from bisect import bisect_right
 
-from glm_finetune.data.blocks import layout_of
+from glm_finetune.data.blocks import check_unchanged, layout_of, signatures
 from glm_finetune.data.cache import naming_the_cache
 from glm_finetune.data.report import Report
 from glm_finetune.data.samples import first_rows, of_source, prepare_row
-from glm_finetune.loss import IGNORE
 
 LEAVE = "Leave --streaming out."
 
 
 class Stream:
-    """The rows of files by number. A row that is too long and to be dropped stays, without targets."""
+    """The rows of files by number."""
 
     def __init__(self, sources, settings, window, cache_dir=None):
         """window: rows that are kept together in memory, rows [0, window), [window, 2 * window), ...
@@ -28,11 +27,12 @@ class Stream:
         one sample each.
         """
         self.sources, self.window, self._blocks, self._first_rows, num_rows = sources, window, [], [], 0
+        before = signatures(sources)
         for position, source in enumerate(sources):
             if not source.has_blocks or source.weight != 1:
                 raise ValueError(
-                    f"{source.path}: --streaming reads files of JSON lines that are neither compressed nor weighted "
-                    f"(:{source.weight}). {LEAVE}"
+                    f"{source.path}: --streaming reads files of JSON lines, not compressed, without a weight; this one "
+                    f"{'is none' if not source.has_blocks else f'has the weight {float(source.weight):g}'}. {LEAVE}"
                 )
             with naming_the_cache(cache_dir):
                 layout = layout_of(source, source.path, cache_dir)
@@ -40,7 +40,7 @@ class Stream:
                 self._blocks.append((position, block))
                 self._first_rows.append(num_rows + block.first_row)
             num_rows += layout.num_rows
-        self.report = Report(rows=num_rows, streamed=True)
+        self.report, self._before = Report(rows=num_rows, streamed=True), before
         self._settings = [of_source(source, settings) for source in sources]
         self._windows = {}  # number of a window: its rows; the newest two, since a step may span two
         for source, known in zip(sources, self._settings):
@@ -65,6 +65,7 @@ class Stream:
         if window not in self._windows:
             first = window * self.window
             self._windows = {w: rows for w, rows in self._windows.items() if abs(w - window) == 1}
+            check_unchanged(self._before)
             self._windows[window] = list(self._read(first, min(first + self.window, len(self))))
         return self._windows[window][index % self.window]
 
@@ -88,6 +89,4 @@ def sample_of(where, row, settings):
     if len(rendered) != 1:
         raise ValueError(f"{where}: makes {len(rendered)} samples, --streaming takes one of each row. {LEAVE}")
     one = rendered[0]
-    is_dropped = settings.too_long == "drop" and (one.source_cut or one.target_cut)
-    labels = [IGNORE] * len(one.labels) if is_dropped else one.labels
-    return {"input_ids": one.input_ids, "labels": labels, "num_prefix": one.num_prefix}
+    return {"input_ids": one.input_ids, "labels": one.labels, "num_prefix": one.num_prefix}

@@ -119,9 +119,10 @@ class Form:
         num_source = int(np.count_nonzero(kinds == SOURCE))
         excess = max(0, num_source - limits.max_src_len)
         if excess > len(free):
+            forget = ", or use --truncation head, which forgets the oldest rounds"
             raise ValueError(
-                f"its role tokens alone are more than --max_src_len {limits.max_src_len}: raise it, or use "
-                "--truncation head, which forgets the oldest rounds."
+                f"its role tokens alone are more than --max_src_len {limits.max_src_len} (what --max_length leaves, in "
+                f"prediction): raise it{forget if limits.truncation != 'head' else ''}."
             )
         start = {"tail": len(free) - excess, "head": 0, "middle": (len(free) - excess) // 2}[limits.truncation]
         room = max(0, limits.max_len - self.overhead - num_source + excess)

@@ -1,5 +1,6 @@
 """What a mode is: the record that everything else reads instead of asking `if mode ==`."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -77,6 +78,15 @@ class Mode:
     lora_targets: tuple
     other_names: str  # pattern of `_name_or_path` that belongs to another mode
     tiny_config: dict = field(repr=False)
+
+    def refuse_others(self, folder, config):
+        """Raise ValueError if the `_name_or_path` of a folder's config.json (a dict) is a model of another mode."""
+        name = str(config.get("_name_or_path", ""))
+        if re.search(self.other_names, name, re.IGNORECASE):
+            raise ValueError(
+                f"{folder}: its config.json says it is {name}, not a model for --mode {self.name}. If that is wrong, "
+                "correct _name_or_path there."
+            )
 
     @property
     def render(self):
