@@ -11,6 +11,7 @@ import time
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from glm_finetune import MODE
@@ -204,6 +205,23 @@ def test_a_damaged_cache_is_named_and_prepared_again(name, harm, settings, data_
     assert f"{folder}: damaged (" in capsys.readouterr().out
     assert list(dataset(settings, data_file, tmp_path / "cache")) == first
     assert capsys.readouterr().out == ""
+
+
+def test_of_large_arrays_evenly_spread_pieces_are_compared(monkeypatch):
+    monkeypatch.setattr(cache, "CHECKED_BYTES", 4 * 2**20)
+    array = np.zeros(3 * 2**20, np.int32)  # of 12 MiB, four pieces of one: they begin at 0, 3.7, 7.3 and 11
+    whole = cache.checksum(array)
+    for place, is_seen in ((0, True), (2**19, False), (2**20, True), (2**21, True), (len(array) - 1, True)):
+        array[place] = 1
+        assert (cache.checksum(array) != whole) == is_seen
+        array[place] = 0
+    assert cache.checksum(np.zeros(0, np.int64)) == 0
+
+
+def test_rows_that_are_all_dropped_are_said_at_every_start(settings, data_file, tmp_path):
+    settings = replace(settings, limits=Limits(14, 8), too_long="drop")
+    for _ in range(2):
+        refused(lambda: dataset(settings, data_file, tmp_path / "cache"), "no row left", "skipped 11")
 
 
 def test_a_cache_can_be_deleted_while_it_is_in_use(settings, data_file, tmp_path):

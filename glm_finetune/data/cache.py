@@ -123,7 +123,7 @@ def read(folder, oldest=0, say=None):
 
 def checksum(column):
     """CRC-32 of an array; of one with more than CHECKED_BYTES, of as much in evenly spread pieces of 1 MiB."""
-    data, piece = memoryview(column).cast("B"), 2**20
+    data, piece = column.view(np.uint8), 2**20
     num_pieces = CHECKED_BYTES // piece
     if len(data) <= CHECKED_BYTES:
         return zlib.crc32(data)
