@@ -97,6 +97,10 @@ def exit_with_message(main):
     """
     try:
         code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        _leave(1)
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         if os.environ.get("GLM_FINETUNE_TRACEBACK"):
             traceback.print_exc()

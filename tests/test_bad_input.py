@@ -1,6 +1,9 @@
 """Wrong flags, data and DeepSpeed files: one error that names the thing and says what to do."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -284,3 +287,15 @@ def test_an_nvme_folder_that_cannot_be_written_is_named(section, tmp_path):
         zero = {"stage": 3, section: {"device": "nvme", **({"nvme_path": str(path)} if path else {})}}
         config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
         refused(lambda config=config: engine.check(config), "nvme", *parts)
+
+
+def test_output_that_nobody_reads_to_its_end_is_no_error():
+    code = "from glm_finetune import exits; exits.exit_with_message(lambda: print('line\\n' * 10**6))"
+    done = subprocess.run(
+        f'{sys.executable} -c "{code}" | head -1',
+        shell=True,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, "Errno" in done.stderr) == ("line\n", False)
