@@ -11,7 +11,6 @@ import time
 from dataclasses import fields, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from glm_finetune import MODE
@@ -207,15 +206,16 @@ def test_a_damaged_cache_is_named_and_prepared_again(name, harm, settings, data_
     assert capsys.readouterr().out == ""
 
 
-def test_of_large_arrays_evenly_spread_pieces_are_compared(monkeypatch):
+def test_of_large_arrays_evenly_spread_pieces_are_compared(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "CHECKED_BYTES", 4 * 2**20)
-    array = np.zeros(3 * 2**20, np.int32)  # of 12 MiB, four pieces of one: they begin at 0, 3.7, 7.3 and 11
-    whole = cache.checksum(array)
-    for place, is_seen in ((0, True), (2**19, False), (2**20, True), (2**21, True), (len(array) - 1, True)):
-        array[place] = 1
-        assert (cache.checksum(array) != whole) == is_seen
-        array[place] = 0
-    assert cache.checksum(np.zeros(0, np.int64)) == 0
+    path, data = tmp_path / "array", bytearray(12 * 2**20)  # four pieces of a MiB: they begin at 0, 3.7, 7.3 and 11
+    path.write_bytes(data)
+    whole = cache.checksum(path)
+    for mib, is_seen in ((0, True), (2, False), (4, True), (6, False), (8, True), (12 - 1 / 2**20, True)):
+        data[int(mib * 2**20)] = 1
+        path.write_bytes(data)
+        assert (cache.checksum(path) != whole) == is_seen
+        data[int(mib * 2**20)] = 0
 
 
 def test_rows_that_are_all_dropped_are_said_at_every_start(settings, data_file, tmp_path):

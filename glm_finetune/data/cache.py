@@ -10,7 +10,6 @@ hub is prepared at every start: what it holds is not known before it is read.
 """
 
 import errno
-import functools
 import hashlib
 import json
 import os
@@ -111,7 +110,7 @@ def read(folder, oldest=0, say=None):
         if header["format"] != FORMAT:
             raise ValueError(f"format {header['format']}, not {FORMAT}")
         columns = {name: _map(folder / name, header["counts"][name], dtype) for name, dtype in COLUMNS.items()}
-        if wrong := [name for name, column in columns.items() if checksum(column) != header["checksums"][name]]:
+        if wrong := [name for name in COLUMNS if checksum(folder / name) != header["checksums"][name]]:
             raise ValueError(f"{', '.join(wrong)}: not the bytes that were written")
         report = Report.from_json(header["report"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -121,14 +120,21 @@ def read(folder, oldest=0, say=None):
     return Samples(columns, report) if header["made"] >= oldest else None
 
 
-def checksum(column):
-    """CRC-32 of an array; of one with more than CHECKED_BYTES, of as much in evenly spread pieces of 1 MiB."""
-    data, piece = column.view(np.uint8), 2**20
-    num_pieces = CHECKED_BYTES // piece
-    if len(data) <= CHECKED_BYTES:
-        return zlib.crc32(data)
-    starts = [i * (len(data) - piece) // (num_pieces - 1) for i in range(num_pieces)]
-    return functools.reduce(lambda crc, start: zlib.crc32(data[start : start + piece], crc), starts, 0)
+def checksum(path):
+    """CRC-32 of a file; of one with more than CHECKED_BYTES, of as much in evenly spread pieces of 1 MiB.
+
+    The file is read, not mapped: what is mapped counts as memory of the process.
+    """
+    size, piece, crc = path.stat().st_size, 2**20, 0
+    starts = range(0, size, piece)
+    if size > CHECKED_BYTES:
+        num_pieces = CHECKED_BYTES // piece
+        starts = [i * (size - piece) // (num_pieces - 1) for i in range(num_pieces)]
+    with open(path, "rb") as file:
+        for start in starts:
+            file.seek(start)
+            crc = zlib.crc32(file.read(piece), crc)
+    return crc
 
 
 def _map(path, count, dtype):
@@ -148,9 +154,8 @@ def _build(folder, before, sources, settings, progress, num_workers, num_threads
         check_unchanged(before)
         counts, report = _write(temporary, sources, settings, progress, num_workers, num_threads)
         check_unchanged(before)
-        columns = {name: _map(temporary / name, counts[name], dtype) for name, dtype in COLUMNS.items()}
         header = {"format": FORMAT, "made": time.time(), "counts": counts, "report": vars(report)}
-        header["checksums"] = {name: checksum(column) for name, column in columns.items()}
+        header["checksums"] = {name: checksum(temporary / name) for name in COLUMNS}
         write_json(header, temporary / HEADER)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)

@@ -82,6 +82,8 @@ def pair(fields, answer, row, prompt_text=""):
 
 def with_history(fields, answer, row):
     """`pair` after a history of [question, answer] pairs, as in the official chat training, and a `system` text."""
+    if "history" not in row and "system" not in row:
+        return pair(fields, answer, row)
     messages = []
     if row.get("system") not in (None, ""):
         messages.append({"role": "system", "content": text_of(row, "system")})
