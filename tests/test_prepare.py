@@ -190,3 +190,13 @@ def test_a_file_that_changes_while_a_start_waits_is_not_prepared_under_its_old_n
     refused(lambda: prepared(data_file, settings, tmp_path / "cache"), "changed while it was read")
     monkeypatch.setattr(cache, "read", work)
     assert not list((tmp_path / "cache").glob("*/header.json"))
+
+
+def test_little_is_prepared_here_and_much_in_two_processes_at_least(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"x" * 999)
+    for num_cores in (1, 4):
+        monkeypatch.setattr(prepare, "num_cores", lambda num_cores=num_cores: num_cores)
+        for at_least, expected in ((1000, 0), (999, 0), (500, 0), (499, 2), (100, 4)):
+            monkeypatch.setattr(prepare, "MIN_BYTES_OF_WORKER", at_least)
+            assert prepare.choose_workers(list_sources(path)) == (expected if num_cores > 1 else 0)

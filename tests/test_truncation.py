@@ -5,11 +5,12 @@ import pytest
 from glm_finetune import MODE
 from glm_finetune.config import TrainConfig
 from glm_finetune.data.dataset import InstructionDataset
-from glm_finetune.data.samples import Settings
+from glm_finetune.data.samples import Settings, settings_of
 from glm_finetune.flags import parse
 from glm_finetune.modes.form import FIXED, SOURCE, Draft, Form, newest_rounds
 from glm_finetune.modes.spec import TRUNCATIONS, Limits
 from tests.refusal import refused
+from tests.test_bad_input import NEEDED
 
 every_mode = pytest.mark.parametrize("mode", MODE)
 every_truncation = pytest.mark.parametrize("truncation", TRUNCATIONS)
@@ -160,6 +161,24 @@ def test_role_tokens_that_do_not_fit_are_refused_by_all_but_head(checkpoints, tr
         "--truncation head",
     )
     assert len(MODE["glm3"].samples(tokenizer, talk, Limits(90, 30, "head"))) > 2
+
+
+def test_a_conversation_that_just_fits_is_one_sample(checkpoints):
+    mode = MODE["glm3"]
+    tokenizer = mode.tokenizer.from_pretrained(checkpoints["glm3"])
+    talk = turn("问题", "回答") + turn("再问", "再答")
+    (whole,) = mode.samples(tokenizer, talk)
+    num_counted = len(whole.input_ids) - 3 + mode.form.overhead  # [gMASK] sop and </s> are in the overhead
+    limits = [Limits(num_counted - short, whole.num_source, "tail", False) for short in (0, 1)]
+    assert mode.samples(tokenizer, talk, limits[0]) == [whole]
+    assert [sample.target_cut for sample in mode.samples(tokenizer, talk, limits[1])] == [False, True]
+
+
+@every_mode
+def test_lengths_that_leave_no_room_for_an_answer_are_refused_in_training(mode, tokenizer):
+    overhead = MODE[mode].form.overhead
+    config = parse(TrainConfig, [*NEEDED, "--mode", mode, "--max_src_len", "50", "--max_len", str(50 + overhead)])
+    refused(lambda: settings_of(config, MODE[mode], tokenizer), f"use --max_len {50 + overhead + 1} or more")
 
 
 # Drop and error, and the report

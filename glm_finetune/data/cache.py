@@ -6,7 +6,7 @@ lock prepares, others wait for the lock in the file system, not in a collective 
 back when a process dies. Folders can be deleted at any time, also while a run has them mapped. Only a data set of the
 hub is prepared at every start: what it holds is not known before it is read.
 
-    samples = prepared(list_sources("data/spo_0.json"), settings, "cache/")    # Samples, see prepare.py
+    samples = prepared(list_sources("data/spo_0.json"), settings, "cache/")    # Samples, see columns.py
 """
 
 import errno

@@ -1,7 +1,7 @@
 """Prepared samples as arrays, which can be written, memory-mapped and sent between processes.
 
 builder = Builder()
-builder.add(number, times, [[64790, 64792], ids_of_question, ids_of_answer, [2]], [False, False, True, True])
+builder.add(number, times, [ids_of_prefix, ids_of_question, ids_of_answer], [False, False, True])
 samples = Samples(builder.columns(position=0), report)
 """
 
@@ -82,5 +82,5 @@ class Builder:
 
 
 def lengths_of(parts):
-    """(P,) int64"""
+    """How long each of P arrays is: (P,) int64."""
     return np.fromiter(map(len, parts), np.int64, len(parts))

@@ -33,7 +33,7 @@ from glm_finetune.modes.form import ANSWER, SOURCE
 
 PENDING_PER_WORKER = 2
 SLOW_IMPORTS = ("torch", "transformers", "peft")  # what a worker would import again because the main script does
-MIN_BYTES_OF_WORKER = 8 * BLOCK_BYTES  # one or two seconds of work; starting processes takes as long
+MIN_BYTES_OF_WORKER = 32 * BLOCK_BYTES  # one or two seconds of work; starting processes takes as long
 
 
 @dataclass(frozen=True)
@@ -195,11 +195,12 @@ def num_cores():
 
 
 def choose_workers(sources):
-    """Processes for so much data: all cores for much, none for little."""
+    """Processes for so much data: all cores for much; none for little, which this one tokenizes with threads."""
     if not all(source.files() for source in sources):  # a data set of the hub: nobody knows its size
         return num_cores()
     num_bytes = sum(path.stat().st_size for source in sources for path in source.files())
-    return min(num_cores(), num_bytes // MIN_BYTES_OF_WORKER)
+    num_workers = min(num_cores(), num_bytes // MIN_BYTES_OF_WORKER)
+    return num_workers if num_workers > 1 else 0
 
 
 _settings = None  # of this worker process
