@@ -341,6 +341,7 @@ def messages_with(letters):
         (from_roles, {"role": "user", "content": None}, ["'content' is None"]),
         (from_roles, {"role": "user", "content": [{"type": "image"}]}, ["'content' is [", "not a string"]),
         (from_roles, {"role": "user", "content": [{"type": "text"}]}, ["field 'text' is missing"]),
+        (from_roles, {"role": "user", "content": []}, ["'content' is []", "not a string"]),
         (from_roles, {"role": "assistant", "content": "x", "weight": 2}, ["'weight' is 2", "0 or 1"]),
         (from_roles, {"role": "assistant", "tool_calls": [{}, {}]}, ["has 2 calls"]),
         (from_roles, {"role": "assistant", "content": "x", "loss": 1}, ["'loss' is 1"]),

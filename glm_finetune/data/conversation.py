@@ -128,7 +128,11 @@ def from_roles(entry):
 
 def _spoken(entry, role):
     content = entry.get("content")
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+    if (
+        isinstance(content, list)
+        and content
+        and all(isinstance(part, dict) and part.get("type") == "text" for part in content)
+    ):
         entry = {**entry, "content": "".join(text_of(part, "text") for part in content)}  # OpenAI's parts
     message = {"role": role, "content": text_of(entry, "content")}
     if role == "system" and (tools := tools_of(entry)):
