@@ -18,6 +18,7 @@ from tqdm import tqdm
 from glm_finetune import build, exits
 from glm_finetune.chat import chat_ids
 from glm_finetune.config import MergeConfig
+from glm_finetune.errors import UserError
 from glm_finetune.flags import parse
 from glm_finetune.models.base import DTYPE_NAMES, DTYPES
 from glm_finetune.weights import file_dtypes, iter_tensors, write_json
@@ -31,7 +32,7 @@ def main():
     config = parse(MergeConfig, sys.argv[1:], __doc__)
     source = build.find_source(config.model_dir, config.mode, config.ori_model_dir)
     if source.adapter is None or source.is_prefix:
-        raise ValueError(
+        raise UserError(
             f"--model_dir {config.model_dir}: no LoRA adapter (adapter_config.json without config.json beside it)."
         )
     target = Path(config.output_dir or f"{os.path.abspath(source.adapter)}-merged")
@@ -56,7 +57,7 @@ def main():
             f"{DTYPE_NAMES[dtype]}), greedy agreement {100 * agreement:.1f}%"
         )
         if not difference <= TOLERANCE[dtype] * scale:
-            raise ValueError(f"{target}: the merged model is not base + adapter; it was removed.")
+            raise UserError(f"{target}: the merged model is not base + adapter; it was removed.")
         os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -64,12 +65,12 @@ def main():
 
 
 def check_target(target, temporary, adapter):
-    """Raise ValueError if the merged folder or its temporary one exists, or it lies in the adapter's."""
+    """Raise UserError if the merged folder or its temporary one exists, or it lies in the adapter's."""
     for folder in (target, temporary):
         if folder.exists():
-            raise ValueError(f"--output_dir {target}: {folder} exists. Give another folder or remove it.")
+            raise UserError(f"--output_dir {target}: {folder} exists. Give another folder or remove it.")
     if adapter.resolve() in [target.resolve(), *target.resolve().parents]:
-        raise ValueError(f"--output_dir {target} lies in the adapter's folder, which is never written to.")
+        raise UserError(f"--output_dir {target} lies in the adapter's folder, which is never written to.")
 
 
 def most_common(values):
@@ -110,18 +111,18 @@ def probe(model, tokenizer, source):
 
 
 def check_sum(model, samples):
-    """Raise ValueError unless the merged model in fp32 gives the logits of base + adapter."""
+    """Raise UserError unless the merged model in fp32 gives the logits of base + adapter."""
     difference, scale, _ = compare(model, samples)
     if not difference <= TOLERANCE[torch.float32] * scale:
-        raise ValueError(f"merging changed the logits by {difference:.2e} of {scale:.1f} in fp32; nothing was written.")
+        raise UserError(f"merging changed the logits by {difference:.2e} of {scale:.1f} in fp32; nothing was written.")
 
 
 def check_written(model, folder):
-    """Raise ValueError unless every tensor in `folder` is the merged one, rounded to the file's dtype."""
+    """Raise UserError unless every tensor in `folder` is the merged one, rounded to the file's dtype."""
     merged = {**dict(model.named_parameters(remove_duplicate=False)), **model.stored_buffers()}
     for name, tensor in iter_tensors(folder):
         if not torch.equal(tensor, merged[name].detach().to(tensor.dtype)):
-            raise ValueError(f"{folder}: {name} was not written as it was merged; the folder was removed.")
+            raise UserError(f"{folder}: {name} was not written as it was merged; the folder was removed.")
 
 
 @torch.inference_mode()

@@ -20,6 +20,7 @@ from glm_finetune import build, dist, exits
 from glm_finetune.chat import answer_ids, chat, chat_ids
 from glm_finetune.config import PredictConfig
 from glm_finetune.data.samples import read_questions
+from glm_finetune.errors import UserError
 from glm_finetune.flags import parse
 from glm_finetune.metrics import triple_scores
 from glm_finetune.modes.spec import Limits
@@ -53,9 +54,9 @@ def main():
 
 
 def output_path(config, source):
-    """Where the answers go. Raises ValueError for a bare base without --output_path: nothing is written into one."""
+    """Where the answers go. Raises UserError for a bare base without --output_path: nothing is written into one."""
     if config.test_path and not config.output_path and source.is_bare:
-        raise ValueError(f"--output_path must be given: {config.model_path} is a base, which is not written to.")
+        raise UserError(f"--output_path must be given: {config.model_path} is a base, which is not written to.")
     return Path(config.output_path or Path(config.model_path) / "predictions.jsonl")
 
 
@@ -141,32 +142,32 @@ def answer_file(model, tokenizer, source, config, rows, path, done):
 def answered(path, rows, config, settings):
     """The complete lines of an earlier run (a killed one ends within a line, or within a character).
 
-    Raises ValueError if they are not answers to `rows` in this order, were made with other settings, or would be
+    Raises UserError if they are not answers to `rows` in this order, were made with other settings, or would be
     written over the questions.
     """
     if path.exists() and path.samefile(config.test_path):
-        raise ValueError(f"--output_path {path} is the file of --test_path: give another one.")
+        raise UserError(f"--output_path {path} is the file of --test_path: give another one.")
     path.parent.mkdir(parents=True, exist_ok=True)
     if config.overwrite or not path.exists():
         return []
     old = read_json(settings_path(path)) if settings_path(path).is_file() else {}
     different = [name for name, value in settings.items() if old.get(name) != value]
     if different:
-        raise ValueError(f"{path}: its answers were made with other settings ({', '.join(different)}). {ELSEWHERE}")
+        raise UserError(f"{path}: its answers were made with other settings ({', '.join(different)}). {ELSEWHERE}")
     lines = path.read_bytes().split(b"\n")[:-1]
     if len(lines) > len(rows):
-        raise ValueError(f"{path}: has {len(lines)} answers, --test_path {len(rows)} rows. {ELSEWHERE}")
+        raise UserError(f"{path}: has {len(lines)} answers, --test_path {len(rows)} rows. {ELSEWHERE}")
     return [answer_in(text, row, f"{path}, line {i}") for i, (text, (row, *_)) in enumerate(zip(lines, rows), 1)]
 
 
 def answer_in(text, row, where):
-    """The object in a line of an earlier run. Raises ValueError naming `where` unless it is `row` with a prediction."""
+    """The object in a line of an earlier run. Raises UserError naming `where` unless it is `row` with a prediction."""
     try:
         old = json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ValueError(f"{where}: not JSON. {ELSEWHERE}") from None
+        raise UserError(f"{where}: not JSON. {ELSEWHERE}") from None
     if not isinstance(old, dict) or "prediction" not in old or {**row, "prediction": old["prediction"]} != old:
-        raise ValueError(f"{where}: answers another row than --test_path has there. {ELSEWHERE}")
+        raise UserError(f"{where}: answers another row than --test_path has there. {ELSEWHERE}")
     return old
 
 

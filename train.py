@@ -23,7 +23,8 @@ from glm_finetune.data.dataset import without_targets
 from glm_finetune.data.report import write_bad_rows
 from glm_finetune.data.sampler import Progress, StepSampler
 from glm_finetune.ds_config import precision_of, read_ds_file, resolve, stage_of
-from glm_finetune.flags import parse, raise_together
+from glm_finetune.errors import raise_together
+from glm_finetune.flags import parse
 from glm_finetune.guard import Guard
 from glm_finetune.loss import IGNORE
 from glm_finetune.optim import lr_at, num_warmup_steps
@@ -115,8 +116,7 @@ def log(run, lr, meter):
 
 def save(run, epoch):
     """Evaluate where there is data for it, then write a checkpoint. All ranks must call."""
-    eval_loss = evaluate(run) if run.eval_rows is not None else None
-    if eval_loss is not None:
+    if (eval_loss := None if run.eval_rows is None else evaluate(run)) is not None:
         run.tracker.log(run.progress.step, eval_loss=eval_loss)
     run.tracker.say(f"saved {run.saver.save(epoch, run.progress, eval_loss)}")
 

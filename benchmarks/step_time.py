@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from glm_finetune import MODE  # noqa: E402 (the repository is not installed)
 from glm_finetune.data.dataset import collate  # noqa: E402
+from glm_finetune.errors import UserError  # noqa: E402
 from glm_finetune.tuning.lora import add_lora  # noqa: E402
 
 SIDES = ("ours", "theirs")
@@ -149,7 +150,7 @@ def new_batch(side, case):
 
 
 def equal_pair(case):
-    """Both models with equal weights, and how far apart their logits are. Raises ValueError beyond MAX_LOGIT_ERROR."""
+    """Both models with equal weights, and how far apart their logits are. Raises UserError beyond MAX_LOGIT_ERROR."""
     models = {side: new_model(side, case).eval() for side in SIDES}
     copy_weights(models["ours"], models["theirs"])
     ids = new_batch("theirs", case)["input_ids"][:1, :256]
@@ -157,7 +158,7 @@ def equal_pair(case):
         ours, theirs = (models[side](input_ids=ids, use_cache=False).logits for side in SIDES)
     error = ((ours - theirs).abs().max() / theirs.std()).item()
     if not error < MAX_LOGIT_ERROR:
-        raise ValueError(f"these are two different functions: logits differ by {error:.1e} standard deviations.")
+        raise UserError(f"these are two different functions: logits differ by {error:.1e} standard deviations.")
     return models, error
 
 

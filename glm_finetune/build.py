@@ -18,7 +18,7 @@ from glm_finetune.data.files import paths_of
 from glm_finetune.data.sampler import StepSampler
 from glm_finetune.data.samples import settings_of
 from glm_finetune.engine import Partitioned
-from glm_finetune.flags import raise_together, unknown_choice
+from glm_finetune.errors import UserError, raise_together, unknown_choice
 from glm_finetune.models.base import DTYPES
 from glm_finetune.modes import MODE
 from glm_finetune.tuning import TRAIN_TYPE
@@ -31,7 +31,7 @@ from glm_finetune.weights import OnDevice, read_json, weight_files
 def choose(config):
     """TrainConfig -> (Mode, TrainType); fills in the defaults that depend on the train type.
 
-    Raises ValueError with the nearest name for what is not registered.
+    Raises UserError with the nearest name for what is not registered.
     """
     raise_together(
         [
@@ -46,7 +46,7 @@ def choose(config):
 
 
 def check_paths(config):
-    """Raise ValueError if --output_dir holds results that are not to be deleted, or something that the run reads."""
+    """Raise UserError if --output_dir holds results that are not to be deleted, or something that the run reads."""
     inputs = () if config.resume else (config.model_name_or_path, *paths_of(config.train_path, config.eval_path))
     checkpoint.check_output_dir(config.output_dir, config.overwrite_output_dir or config.resume, inputs)
 
@@ -54,7 +54,7 @@ def check_paths(config):
 def load_data(config, mode, tokenizer):
     """(rows, evaluation rows or None, sampler, function: rows -> batch) of a run.
 
-    Raises ValueError for fewer samples than ranks, and as InstructionDataset.
+    Raises UserError for fewer samples than ranks, and as InstructionDataset.
     """
     window = (config.shuffle_buffer or SHUFFLE_BUFFER) if config.streaming else None
     options = dict(
@@ -68,7 +68,7 @@ def load_data(config, mode, tokenizer):
     eval_rows = InstructionDataset(config.eval_path, **options) if config.eval_path else None
     world_size = int(os.environ["WORLD_SIZE"])
     if len(rows) < world_size:
-        raise ValueError(
+        raise UserError(
             f"--train_path {config.train_path}: {len(rows)} samples for {world_size} ranks, some would have nothing to "
             "do. Start fewer ranks or give more data."
         )
@@ -97,35 +97,35 @@ def choose_place(config, train_type, ds_config, precision, device):
 def check_base(mode, folder, max_len=0):
     """Tokenizer and model configuration of a base folder, without its weights. max_len: tokens it must be able to take.
 
-    Raises ValueError if the folder lacks a file, is of another mode, or its tokenizer belongs to another model.
+    Raises UserError if the folder lacks a file, is of another mode, or its tokenizer belongs to another model.
     """
     config = mode.config.from_pretrained(folder)
     weight_files(folder)
     if config.source.get("quantization_bit"):
-        raise ValueError(
+        raise UserError(
             f"{folder}: quantised to {config.source['quantization_bit']} bits (its config.json); give the "
             "original checkpoint in 16 bit."
         )
     if config.source.get("rope_ratio", 1) != 1:
-        raise ValueError(
+        raise UserError(
             f"{folder}: rope_ratio is {config.source['rope_ratio']} in its config.json; models with stretched "
             "positions (the 32k variants) are not supported."
         )
     mode.refuse_others(folder, config.source)
     if max_len > config.max_positions:
-        raise ValueError(f"--max_len {max_len}: {folder} was made for {config.max_positions} tokens (its config.json).")
+        raise UserError(f"--max_len {max_len}: {folder} was made for {config.max_positions} tokens (its config.json).")
     tokenizer = mode.tokenizer.from_pretrained(folder)
     # Checkpoints pad the vocabulary by a few hundred rows at most; a tokenizer far smaller than that is another
     # model's.
     if not 0.8 * config.vocab_size <= len(tokenizer) <= config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{folder}: the tokenizer has {len(tokenizer):,} ids, the model {config.vocab_size:,}: "
             f"{tokenizer.model_file} belongs to another checkpoint."
         )
     for field in ("bos_token_id", "eos_token_id", "gmask_token_id"):
         expected = config.source.get(field)
         if expected is not None and expected != getattr(tokenizer, field):
-            raise ValueError(
+            raise UserError(
                 f"{folder}: {field} is {expected} in config.json and {getattr(tokenizer, field)} in "
                 f"{tokenizer.model_file}: the tokenizer belongs to another checkpoint."
             )
@@ -133,7 +133,7 @@ def check_base(mode, folder, max_len=0):
 
 
 def load_base(mode, folder, place, gradient_checkpointing=False):
-    """The base model, its weights where `choose_place` says, in eval mode. Raises ValueError for weights that do not
+    """The base model, its weights where `choose_place` says, in eval mode. Raises UserError for weights that do not
     fit."""
     model = mode.model.from_pretrained(folder, place=place)
     if gradient_checkpointing:
@@ -163,20 +163,20 @@ class Source:
 def find_source(folder, mode_name=None, base=None, template=None):
     """Look at a folder: a base checkpoint, one trained or merged here, or an adapter (of this project or plain peft).
 
-    mode_name, base, template replace what the folder says. Raises ValueError saying what is missing and which flag
+    mode_name, base, template replace what the folder says. Raises UserError saying what is missing and which flag
     gives it.
     """
     folder = Path(folder)
     raise_together(unknown_choice("mode", mode_name, tuple(MODE)))
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder.")
+        raise UserError(f"{folder}: no such folder.")
     record = read_json(folder / "train_config.json") if (folder / "train_config.json").is_file() else {}
     is_prefix = record.get("saves") == "prefix" or is_prefix_folder(folder)
     is_adapter = is_prefix or (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
     base = Path(base or _recorded_base(folder, record)) if is_adapter else folder
     mode = MODE.get(mode_name or record.get("mode") or _mode_of(base))
     if mode is None:
-        raise ValueError(f"{folder}: which member of the family is it? Give --mode ({', '.join(MODE)}).")
+        raise UserError(f"{folder}: which member of the family is it? Give --mode ({', '.join(MODE)}).")
     return Source(
         mode,
         base,
@@ -195,7 +195,7 @@ def _recorded_base(folder, record):
     for path in filter(None, recorded):
         if (Path(path) / "config.json").is_file():
             return path
-    raise ValueError(
+    raise UserError(
         f"{folder}: its base checkpoint is not at {next(filter(None, recorded), 'a recorded place')} any more. "
         "Say where it is with --ori_model_dir."
     )
@@ -205,7 +205,7 @@ def _mode_of(base):
     """The mode of a bare checkpoint, from the fields and the name in its config.json; None if they leave it open."""
     if not (base / "config.json").is_file():
         inside = sorted(path.name for path in base.glob("*/*config.json") for path in [path.parent])
-        raise ValueError(
+        raise UserError(
             f"{base}: has no config.json; expected a checkpoint or an adapter (adapter_config.json)."
             + (f" Give one of the folders in it: {', '.join(dict.fromkeys(inside))}." if inside else "")
         )

@@ -20,6 +20,7 @@ from glm_finetune import dist, state
 from glm_finetune.data.blocks import fingerprint
 from glm_finetune.data.cache import default_cache_dir
 from glm_finetune.engine import whole
+from glm_finetune.errors import UserError
 from glm_finetune.tuning.lora import exported
 from glm_finetune.tuning.ptuning import write_prefix
 from glm_finetune.weights import read_json, write_json, write_tensors, write_text
@@ -43,20 +44,20 @@ PACKAGES = ("torch", "transformers", "peft", "deepspeed", "sentencepiece")
 
 
 def check_output_dir(output_dir, overwrite, inputs=()):
-    """Raise ValueError if output_dir holds results and `overwrite` is False, or if deleting them would delete an input.
+    """Raise UserError if output_dir holds results and `overwrite` is False, or if deleting them would delete an input.
 
     inputs: paths that the run reads. Called before the ranks start together.
     """
     path = Path(output_dir)
     if path.exists() and not path.is_dir():
-        raise ValueError(f"--output_dir {output_dir} is a file.")
+        raise UserError(f"--output_dir {output_dir} is a file.")
     for result in filter(_is_result, path.glob("*")):
         for name in filter(None, inputs):
             if result.resolve() in (Path(name).resolve(), *Path(name).resolve().parents):
-                raise ValueError(f"--output_dir {output_dir}: {name} lies in it and is needed. Choose another folder.")
+                raise UserError(f"--output_dir {output_dir}: {name} lies in it and is needed. Choose another folder.")
     results = sorted(p.name for p in path.glob("*") if _is_result(p))
     if results and not overwrite:
-        raise ValueError(
+        raise UserError(
             f"--output_dir {output_dir} holds results already ({', '.join(results[:5])}). "
             "Choose another folder, or add --overwrite_output_dir to delete them."
         )
@@ -65,7 +66,7 @@ def check_output_dir(output_dir, overwrite, inputs=()):
 def create_output_dir(output_dir, overwrite):
     """Delete old results and create the folder, on rank 0, which holds its `lock`. All ranks must call.
 
-    Raises ValueError on every rank if `overwrite` is False and another run has left results since `check_output_dir`.
+    Raises UserError on every rank if `overwrite` is False and another run has left results since `check_output_dir`.
     """
     problem = None
     if dist.is_main():
@@ -74,11 +75,11 @@ def create_output_dir(output_dir, overwrite):
             for result in filter(_is_result, Path(output_dir).glob("*")):
                 shutil.rmtree(result) if result.is_dir() else result.unlink()
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-        except ValueError as error:
+        except UserError as error:
             problem = str(error)
     problem = dist.from_main(problem)
     if problem:
-        raise ValueError(problem)
+        raise UserError(problem)
 
 
 def _is_result(path):
@@ -147,7 +148,7 @@ class Saver:
         """Write output_dir/epoch-E-step-S/ and point `latest` to it; returns its path.
 
         epoch: counted from 1, of the last row. progress: where to go on. eval_loss: on the evaluation data, or None.
-        Raises OSError on every rank when rank 0 cannot write; earlier checkpoints stay as they are.
+        Raises NotWritten on every rank when rank 0 cannot write; earlier checkpoints stay as they are.
         """
         target = Path(self.config.output_dir) / f"epoch-{epoch}-step-{progress.step}"
         self.wait()
@@ -174,7 +175,7 @@ class Saver:
         return target
 
     def wait(self):
-        """Until what is being written in the background is complete. Raises OSError on every rank if it failed."""
+        """Until what is being written in the background is complete. Raises NotWritten on every rank if it failed."""
         if self.thread:
             self.thread.join()
             self.thread = None
@@ -226,7 +227,7 @@ def _copies(entries):
 def lock(output_dir):
     """Hold output_dir for this run until its process ends; returns rank 0's open file. All ranks must call.
 
-    Removes what a killed run was still writing or deleting. Raises ValueError on every rank if another run holds it.
+    Removes what a killed run was still writing or deleting. Raises UserError on every rank if another run holds it.
     """
     file, problem = None, None
     if dist.is_main():
@@ -247,7 +248,7 @@ def lock(output_dir):
             problem = f"--output_dir {output_dir}: cannot be written to or locked ({error}). Choose another folder."
     problem = dist.from_main(problem)
     if problem:
-        raise ValueError(problem)
+        raise UserError(problem)
     return file
 
 
@@ -303,7 +304,7 @@ def damage(folder):
         return f"{folder}: no {MANIFEST}; it is not a complete checkpoint of this project."
     try:
         manifest = read_json(folder / MANIFEST)
-    except ValueError as error:
+    except UserError as error:
         return f"{error} The checkpoint is damaged."
     for name, expected in manifest.items():
         if not (folder / name).is_file():

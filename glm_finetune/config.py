@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from glm_finetune.flags import flag, unknown_choice
+from glm_finetune.errors import UserError, unknown_choice
+from glm_finetune.flags import flag
 
 DEFAULT_DS_FILE = "ds_zero2_no_offload.json"
 TEMPLATES = ("train", "official", "official_rounds")
@@ -144,7 +145,7 @@ class TrainConfig(DataFlags):
     def __post_init__(self):
         if self.deepspeed_config:
             if self.ds_file not in (DEFAULT_DS_FILE, self.deepspeed_config):
-                raise ValueError(
+                raise UserError(
                     f"--ds_file {self.ds_file} and --deepspeed_config {self.deepspeed_config} are two "
                     "names of one flag: give one of them."
                 )

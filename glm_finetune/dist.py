@@ -7,6 +7,8 @@ import numpy
 import torch
 import torch.distributed as dist
 
+from glm_finetune.errors import NotWritten, UserError
+
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
@@ -56,7 +58,7 @@ def all_agree(problem):
     """
     problem = from_main(problem)
     if problem is not None:
-        raise OSError(problem)
+        raise NotWritten(problem)
 
 
 def gather_objects(value):
@@ -79,7 +81,7 @@ def from_main(value):
 def choose_device(wanted=None):
     """The device of this rank. wanted: None, "cpu", "cuda" or the number of a card.
 
-    Raises ValueError for a card that is not there.
+    Raises UserError for a card that is not there.
     """
     num_cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "cpu" or (wanted is None and num_cards == 0):
@@ -88,10 +90,10 @@ def choose_device(wanted=None):
     last = max(index, int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)  # every rank sees it if any has no card
     if wanted not in (None, "cuda"):
         if not str(wanted).isdecimal():
-            raise ValueError(f"--device {wanted}: expected cpu, cuda or the number of a card.")
+            raise UserError(f"--device {wanted}: expected cpu, cuda or the number of a card.")
         index = last = int(wanted)
     if last >= num_cards:
-        raise ValueError(
+        raise UserError(
             f"--device {wanted or 'cuda'}: card {last} was asked for, this machine shows {num_cards} (torch "
             f"{torch.__version__}, CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}). "
             "Use --device cpu, or install the CUDA build of torch and a driver."
@@ -107,16 +109,16 @@ def has_bf16(device):
 def choose_precision(wanted, device):
     """bf16, fp16 or fp32: what was asked for, or the best that `device` computes in.
 
-    Raises ValueError for a precision that the device cannot train in.
+    Raises UserError for a precision that the device cannot train in.
     """
     if wanted is None:
         if device.type == "cpu":
             return "fp32"
         return "bf16" if has_bf16(device) else "fp16"
     if wanted == "fp16" and device.type == "cpu":
-        raise ValueError("--precision fp16: DeepSpeed has no fp16 on CPUs. Use bf16 or fp32.")
+        raise UserError("--precision fp16: DeepSpeed has no fp16 on CPUs. Use bf16 or fp32.")
     if wanted == "bf16" and device.type == "cuda" and not has_bf16(device):
-        raise ValueError(f"--precision bf16: {torch.cuda.get_device_name(device)} has no bf16. Use fp16 or fp32.")
+        raise UserError(f"--precision bf16: {torch.cuda.get_device_name(device)} has no bf16. Use fp16 or fp32.")
     return wanted
 
 

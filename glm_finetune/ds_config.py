@@ -8,7 +8,7 @@ import difflib
 import json
 from pathlib import Path
 
-from glm_finetune.flags import raise_together
+from glm_finetune.errors import UserError, raise_together
 from glm_finetune.weights import read_json
 
 FOLDER = Path(__file__).parents[1] / "ds_configs"
@@ -46,12 +46,12 @@ SUBSECTIONS = {"zero_optimization": ("offload_param", "offload_optimizer"), "opt
 
 
 def read_ds_file(name):
-    """The object in a DeepSpeed file: a path, or a bare name in ds_configs/. Raises ValueError naming the file."""
+    """The object in a DeepSpeed file: a path, or a bare name in ds_configs/. Raises UserError naming the file."""
     path = Path(name)
     if not path.is_file() and path.name == name and (FOLDER / name).is_file():
         path = FOLDER / name
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"--ds_file {name}: no such file. Shipped in ds_configs/: "
             f"{', '.join(sorted(p.name for p in FOLDER.glob('*.json')))}."
         )
@@ -87,7 +87,7 @@ def resolve(ds_json, config, world_size, precision, device_type, learns_in_fp32=
     learns_in_fp32: what learns stays fp32 beside a bf16 base, so that DeepSpeed has nothing to convert.
     Stage 0 becomes stage 1, which gives its numbers with less memory: stage 0 adds up 16-bit gradients in 16 bit and
     applies a step whose gradient is not finite.
-    Raises ValueError listing unknown keys, numbers that contradict a flag, and offloading that the stage cannot do.
+    Raises UserError listing unknown keys, numbers that contradict a flag, and offloading that the stage cannot do.
     """
     numbers = {
         "train_micro_batch_size_per_gpu": (config.per_device_train_batch_size, "--per_device_train_batch_size"),

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from glm_finetune.dist import from_main, print_main
+from glm_finetune.errors import UserError
 from glm_finetune.optim import parameter_groups
 from glm_finetune.weights import OnDevice, is_finite
 
@@ -59,7 +60,7 @@ def start(device):
 
 
 def check(ds_config):
-    """Raise ValueError naming what DeepSpeed refuses inside a section of `ds_config`, before a model is loaded.
+    """Raise UserError naming what DeepSpeed refuses inside a section of `ds_config`, before a model is loaded.
 
     Also an NVMe folder that cannot be written to, or a machine without what DeepSpeed writes there with.
     """
@@ -69,7 +70,7 @@ def check(ds_config):
     try:
         DeepSpeedConfig(copy.deepcopy(ds_config))
     except ValidationError as error:
-        raise ValueError(
+        raise UserError(
             "\n".join(
                 f"ds_file: {'.'.join(map(str, problem['loc']))}: {problem['msg']} ({error.title})."
                 for problem in error.errors()
@@ -85,21 +86,21 @@ def _check_nvme(folder):
     import deepspeed
 
     if not folder:
-        raise ValueError('ds_file: offloading to nvme needs "nvme_path", a folder on a fast local disk.')
+        raise UserError('ds_file: offloading to nvme needs "nvme_path", a folder on a fast local disk.')
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         probe = Path(folder) / f".write-test-{os.getpid()}"
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"ds_file: nvme_path {folder} cannot be written to ({error}); name another folder.") from None
+        raise UserError(f"ds_file: nvme_path {folder} cannot be written to ({error}); name another folder.") from None
     print_main(
         "offloading to nvme: DeepSpeed compiles async_io at its first use, which takes minutes. If it waits for "
         "longer, an earlier start was killed while compiling: delete the files called `lock` in TORCH_EXTENSIONS_DIR "
         "(default: ~/.cache/torch_extensions)."
     )
     if not deepspeed.ops.__compatible_ops__.get("async_io"):
-        raise ValueError(
+        raise UserError(
             "ds_file: offloading to nvme needs DeepSpeed's async_io, which needs libaio and a compiler (Debian: "
             "apt-get install libaio-dev g++). Offload to cpu instead, or install them."
         )

@@ -1,4 +1,4 @@
-"""How a script ends: the user's fault as one message, SIGTERM with a save, a lost rank with its own words last.
+"""How a script ends: a UserError as one message, SIGTERM with a save, a lost rank with its own words last.
 
 with stop_request() as stop: ...       # stop.requested is True after SIGTERM or SIGUSR1
 exit_with_message(main)
@@ -19,6 +19,7 @@ that wants the 75 signals the ranks (run_scripts/glm3_lora_preemptible_1card.sh)
 --resume auto whatever the code was, until it is 0.
 """
 
+import errno
 import json
 import os
 import re
@@ -35,6 +36,7 @@ import torch
 from tqdm import tqdm
 
 from glm_finetune import dist
+from glm_finetune.errors import OutOfMemory, UserError
 
 RESUME_ME = 75  # exit code of a run that saved and stopped when it was asked to (EX_TEMPFAIL of sysexits.h)
 # What gloo, nccl and the store of torch.distributed say when a rank is gone; each was seen, or is in their libraries.
@@ -42,6 +44,7 @@ LOST = (
     r"connection (was )?(likely )?(closed|reset|refused|timed out)|closed the connection|socket (unexpectedly )?closed|"
     r"broken pipe|timed? ?out|connectFullMesh failed|remote process"
 )
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)  # of OSErrors: no bug
 KILLED = (
     "a rank ended without a word. It was killed, most often by the system for lack of memory (dmesg | tail tells); "
     "if it is on another machine, the output there may say more."
@@ -89,7 +92,7 @@ def stop_request():
 
 
 def exit_with_message(main):
-    """Run a script's main(), which may return an exit code; the user's fault becomes a message and exit code 2.
+    """Run a script's main(), which may return an exit code; a UserError becomes a message and exit code 2.
 
     Of several ranks that say the same, as they do before they have joined, the first speaks. Any other error keeps its
     traceback, exit code 1. A rank that only lost the others says so, and one of these repeats the words of the rank
@@ -101,14 +104,14 @@ def exit_with_message(main):
     except BrokenPipeError:  # whoever read the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
         _leave(1)
-    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        if os.environ.get("GLM_FINETUNE_TRACEBACK"):
-            traceback.print_exc()
-        for bar in list(getattr(tqdm, "_instances", ())):  # the words begin on a line of their own
-            bar.close()
-        _say(str(error))
-        _leave(2)
     except Exception as error:  # nothing is swallowed: it is printed, kept for the other ranks, and ends the process
+        if isinstance(error, UserError) or getattr(error, "errno", None) in OF_THE_DISK:
+            if os.environ.get("GLM_FINETUNE_TRACEBACK"):
+                traceback.print_exc()
+            for bar in list(getattr(tqdm, "_instances", ())):  # the words begin on a line of their own
+                bar.close()
+            _say(str(error))
+            _leave(2)
         if dist.world_size() == 1:
             raise
         if isinstance(error, RuntimeError) and re.search(LOST, str(error), re.IGNORECASE):
@@ -206,7 +209,7 @@ def _leave(code):
 
 @contextmanager
 def memory_advice(config, zero, quantized):
-    """Turn running out of memory into a MemoryError with the flags that would help, in order.
+    """Turn running out of memory into an OutOfMemory with the flags that would help, in order.
 
     config: TrainConfig; zero: the zero_optimization section of the DeepSpeed configuration; quantized: the base is.
     """
@@ -217,7 +220,7 @@ def memory_advice(config, zero, quantized):
             raise
         tips = "".join(f"\n  {i}. {tip}" for i, tip in enumerate(_tips(config, zero, quantized), 1))
         reason = str(error).strip().splitlines()[0][:300]
-        raise MemoryError(f"out of memory on rank {dist.rank()} ({reason}). What would help, in order:{tips}") from None
+        raise OutOfMemory(f"out of memory on rank {dist.rank()} ({reason}). What would help, in order:{tips}") from None
 
 
 def _tips(config, zero, quantized):

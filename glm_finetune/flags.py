@@ -1,6 +1,6 @@
 """Dataclass fields -> command line flags, with help in groups, a configuration file behind them, and helpful errors.
 
-config = parse(TrainConfig, sys.argv[1:])   # or a ValueError that lists every problem at once
+config = parse(TrainConfig, sys.argv[1:])   # or a UserError that lists every problem at once
 config.given                                # names of the flags that were set, on the command line or in --config
 """
 
@@ -14,6 +14,8 @@ import typing
 from dataclasses import field
 from pathlib import Path
 
+from glm_finetune.errors import UserError, raise_together
+
 NOT_FROM_RECORD = ("config", "resume", "force", "overwrite_output_dir", "local_rank", "deepspeed", "deepspeed_config")
 
 
@@ -26,7 +28,7 @@ def parse(config_class, arguments, description=None):
     """Arguments -> config_class; of a flag given twice the last counts, so that scripts can end in "$@".
 
     A class with a field `config` also takes a file of flags, which those on the command line override.
-    Raises ValueError naming every unknown flag (with the nearest) and every problem.
+    Raises UserError naming every unknown flag (with the nearest) and every problem.
     """
     fields = {item.name: item for item in dataclasses.fields(config_class)}
     values, unknown = _parser(config_class, fields, description).parse_known_args(arguments)
@@ -70,14 +72,14 @@ def read_config_file(path, fields):
     """({name: value}, names that were set, problems) of a YAML or JSON file of flags, or of a run's train_config.json.
 
     A record has every flag and the names of those that were set; flags that belong to one start only (NOT_FROM_RECORD)
-    are left out. Raises ValueError naming a file that is missing or unreadable.
+    are left out. Raises UserError naming a file that is missing or unreadable.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"--config {path}: no such file.")
+        raise UserError(f"--config {path}: no such file.")
     found = _read(path)
     if not isinstance(found, dict):
-        raise ValueError(f"--config {path}: expected names of flags with their values, found {str(found)[:60]!r}.")
+        raise UserError(f"--config {path}: expected names of flags with their values, found {str(found)[:60]!r}.")
     given = None
     if "format_version" in found and isinstance(found.get("flags"), dict):
         given = set(found.get("given", found["flags"]))
@@ -101,13 +103,13 @@ def _read(path):
         try:
             return json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"--config {path}: not valid JSON ({error}).") from None
+            raise UserError(f"--config {path}: not valid JSON ({error}).") from None
     import yaml
 
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"--config {path}: not valid YAML ({' '.join(str(error).split())}).") from None
+        raise UserError(f"--config {path}: not valid YAML ({' '.join(str(error).split())}).") from None
 
 
 def _from_file(value, kind):
@@ -115,7 +117,7 @@ def _from_file(value, kind):
     if isinstance(value, list):
         value = ",".join(map(str, value))
     if isinstance(value, dict) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"expected something like --flag {kind.__name__.upper()}")
+        raise UserError(f"expected something like --flag {kind.__name__.upper()}")
     return _reader(kind)(str(value))
 
 
@@ -133,7 +135,7 @@ def _nearest(text, names, message):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise ValueError(f"{message.removeprefix('argument ')}. --help says what each flag takes.")
+        raise UserError(f"{message.removeprefix('argument ')}. --help says what each flag takes.")
 
 
 def _value_type(annotation):
@@ -165,19 +167,3 @@ def parse_bool(text):
     if text.lower() in ("false", "0", "no", "n", "off"):
         return False
     raise argparse.ArgumentTypeError(f"expected True or False, not {text!r}")
-
-
-def unknown_choice(name, value, allowed):
-    """Yield a problem, with the nearest allowed value, unless `value` is None or allowed."""
-    if value is not None and value not in allowed:
-        near = difflib.get_close_matches(str(value).lower(), map(str, allowed), 1, cutoff=0.7)
-        yield f"--{name} {value!r}: must be one of {', '.join(map(str, allowed))}." + (
-            f" Did you mean {near[0]}?" if near else ""
-        )
-
-
-def raise_together(problems):
-    """Raise one ValueError with every problem, if there is any."""
-    problems = list(problems)
-    if problems:
-        raise ValueError("\n".join(problems))

@@ -10,6 +10,7 @@ finite; here the run then stops, or counts and goes on (--on_nonfinite skip), an
 import math
 
 from glm_finetune import dist
+from glm_finetune.errors import NotFinite
 from glm_finetune.weights import is_finite
 
 MAX_STILL = 20  # steps with the same loss, or with a loss of 0
@@ -35,11 +36,11 @@ class Guard:
         self.last_loss, (self.scale, self.smallest_scale) = None, loss_scales(engine)
 
     def check_targets(self, step, num_targets, slots):
-        """Raise FloatingPointError if no sample of a step has a target. slots: this rank's micro-batches of rows."""
+        """Raise NotFinite if no sample of a step has a target. slots: this rank's micro-batches of rows."""
         if num_targets:
             return
         places = [place for part in dist.gather_objects([self._places(slot) for slot in slots]) for place in part]
-        raise FloatingPointError(
+        raise NotFinite(
             f"step {step}: no sample of this step has a target to learn from ({'; '.join(filter(None, places))}): "
             "their answers are empty or do not fit. Remove them, or raise --max_len."
         )
@@ -48,7 +49,7 @@ class Guard:
         """Whether the loss of a step counts; it does not when the step was discarded for a loss that is not finite.
 
         loss: mean of a target token over all ranks. losses: this rank's share of each micro-batch; slots: their rows.
-        Raises FloatingPointError with the causes that can be seen. All ranks must call.
+        Raises NotFinite with the causes that can be seen. All ranks must call.
         """
         applied, could_scale_down = self.engine.was_step_applied(), self.scale > self.smallest_scale
         self.scale, _ = loss_scales(self.engine)
@@ -61,7 +62,7 @@ class Guard:
         text = self._explain(step, loss, losses, slots, applied)
         self.nonfinite += 1
         if self.config.on_nonfinite == "stop" or self.nonfinite > self.config.max_nonfinite:
-            raise FloatingPointError(text)
+            raise NotFinite(text)
         dist.print_main(f"skipped, {self.nonfinite} of at most {self.config.max_nonfinite}: {text}")
         return False
 
@@ -76,7 +77,7 @@ class Guard:
             "knows the data by heart."
         )
         if self.config.on_nonfinite == "stop":
-            raise FloatingPointError(text)
+            raise NotFinite(text)
         dist.print_main(text)
         self.still = 0
 

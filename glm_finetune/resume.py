@@ -7,19 +7,20 @@ from pathlib import Path
 
 from glm_finetune import dist, state
 from glm_finetune.checkpoint import FORMAT_VERSION, RENDERING, checkpoints, damage, step_of
+from glm_finetune.errors import UserError
 from glm_finetune.weights import read_json
 
 
 def find_resume(resume, output_dir):
     """The checkpoint that --resume asks for, or None: "auto" takes the newest whole one in output_dir, if any.
 
-    Only rank 0 needs to call. Damaged ones are named and passed over. Raises ValueError for a path that is damaged, has
+    Only rank 0 needs to call. Damaged ones are named and passed over. Raises UserError for a path that is damaged, has
     no state, or is of a newer format.
     """
     if resume != "auto":
         problem = damage(Path(resume)) or _unfit(Path(resume))
         if problem:
-            raise ValueError(f"--resume {resume}: {problem}")
+            raise UserError(f"--resume {resume}: {problem}")
         return Path(resume)
     for folder in reversed(checkpoints(output_dir)):
         problem = damage(folder) or _unfit(folder)
@@ -32,7 +33,7 @@ def find_resume(resume, output_dir):
 def choose_resume(config, record):
     """The folder to go on from, or None; rank 0 looks. All ranks must call.
 
-    Raises ValueError on every rank if --resume names nothing to go on from, or another run.
+    Raises UserError on every rank if --resume names nothing to go on from, or another run.
     """
     if not config.resume:
         return None
@@ -44,11 +45,11 @@ def choose_resume(config, record):
                 check_same_run(folder, record, config.force)
                 _check_steps(folder, config.max_steps)
             _check_others(folder, config)
-        except ValueError as error:
+        except UserError as error:
             problem = str(error)
     folder, problem = dist.from_main((folder, problem))
     if problem:
-        raise ValueError(problem)
+        raise UserError(problem)
     return folder
 
 
@@ -62,7 +63,7 @@ def _unfit(folder):
 
 
 def check_same_run(folder, record, force):
-    """Raise ValueError naming what differs between a checkpoint and this run in what must not (`train_record`).
+    """Raise UserError naming what differs between a checkpoint and this run in what must not (`train_record`).
 
     force: allow other data and another base all the same; mode and train type must be equal in any case.
     """
@@ -74,22 +75,22 @@ def check_same_run(folder, record, force):
     ]
     if different:
         hint = "" if force else " Where that is meant, add --force (not for mode and train type)."
-        raise ValueError(f"--resume {folder} is of another run: {'; '.join(different)}.{hint}")
+        raise UserError(f"--resume {folder} is of another run: {'; '.join(different)}.{hint}")
 
 
 def _check_steps(folder, max_steps):
     done = read_json(Path(folder) / "train_config.json")["step"]
     if max_steps and max_steps < done:
-        raise ValueError(
+        raise UserError(
             f"--max_steps {max_steps}: {folder} has {done} steps behind it already. Raise it, or leave out."
         )
 
 
 def _check_others(folder, config):
-    """Raise ValueError if output_dir holds checkpoints that would be lost, or mixed with those to come."""
+    """Raise UserError if output_dir holds checkpoints that would be lost, or mixed with those to come."""
     found = checkpoints(config.output_dir)
     if config.resume == "auto" and found and not folder and not config.overwrite_output_dir:
-        raise ValueError(
+        raise UserError(
             f"--resume auto: no checkpoint in {config.output_dir} is whole. Choose another folder, or add "
             "--overwrite_output_dir to delete them and begin anew."
         )
@@ -97,7 +98,7 @@ def _check_others(folder, config):
         inside = folder.resolve().parent == Path(config.output_dir).resolve()
         others = [path.name for path in found if not inside or step_of(path) > step_of(folder)]
         if others:
-            raise ValueError(
+            raise UserError(
                 f"--resume {folder}: --output_dir {config.output_dir} holds {', '.join(others[:5])}, of another "
                 "continuation. Go on from those with --resume auto, choose another folder, or move them away."
             )

@@ -15,6 +15,7 @@ import torch
 from glm_finetune import dist
 from glm_finetune.data.sampler import Progress
 from glm_finetune.engine import whole
+from glm_finetune.errors import UserError
 from glm_finetune.weights import (
     iter_file,
     read_json,
@@ -101,14 +102,14 @@ def restore(engine, folder, batch, seed, device):
     """Put the state in `folder` back; returns its Progress and what `numbers_of` wrote. All ranks must call.
 
     batch: one without targets, on `device`; a step on it with learning rate 0 makes every stage create its moments.
-    Raises ValueError if the parameters that learn are not those of the state.
+    Raises UserError if the parameters that learn are not those of the state.
     """
     record = read_json(Path(folder) / "progress.json")
     files = tensor_files(folder)
     names = {name for name, _ in learning(engine.module)}
     different = names ^ {key.partition(".")[2] for key in files}
     if different:
-        raise ValueError(f"--resume: what learns is not what learnt there: {', '.join(sorted(different)[:4])}, ...")
+        raise UserError(f"--resume: what learns is not what learnt there: {', '.join(sorted(different)[:4])}, ...")
     _create_moments(engine, batch)
     _link_moments(engine)
     for name, parameter in learning(engine.module):

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from glm_finetune.errors import NotWritten, UserError
 from glm_finetune.optim import full_shape
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -30,19 +31,17 @@ MAX_SHARD_BYTES = 2 * 10**9  # the originals' shard size
 def weight_files(folder):
     """Paths of the weight files of `folder`, in order.
 
-    Raises ValueError naming the folder, or the shards that its index lists and it lacks.
+    Raises UserError naming the folder, or the shards that its index lists and it lacks.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(
-            f"{folder}: no such folder. Give the folder of a checkpoint (config.json, weights, tokenizer)."
-        )
+        raise UserError(f"{folder}: no such folder. Give the folder of a checkpoint (config.json, weights, tokenizer).")
     for name in INDEX_FILES:
         if (folder / name).is_file():
             shards = _shards(folder / name)
             missing = [shard for shard in shards if not (folder / shard).is_file()]
             if missing:
-                raise ValueError(
+                raise UserError(
                     f"{folder}: {name} lists {len(missing)} shard(s) that are not there: {missing}. "
                     "Copy them from where the checkpoint came from."
                 )
@@ -50,30 +49,30 @@ def weight_files(folder):
     for name in SINGLE_FILES:
         if (folder / name).is_file():
             return [folder / name]
-    raise ValueError(
+    raise UserError(
         f"{folder}: no weights. Expected one of {[*SINGLE_FILES, *INDEX_FILES]}, "
         f"found {sorted(p.name for p in folder.iterdir())}."
     )
 
 
 def _shards(index_file):
-    """File names in an index, sorted. Raises ValueError if it has no map from names to files."""
+    """File names in an index, sorted. Raises UserError if it has no map from names to files."""
     weight_map = read_json(index_file).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise ValueError(f"{index_file}: no weight_map from parameter names to file names. Copy the file again.")
+        raise UserError(f"{index_file}: no weight_map from parameter names to file names. Copy the file again.")
     return sorted(set(weight_map.values()))
 
 
 def read_json(path):
-    """The object in a JSON file: a dict. Raises ValueError naming a file that is missing, not JSON or not an object."""
+    """The object in a JSON file: a dict. Raises UserError naming a file that is missing, not JSON or not an object."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file.") from None
+        raise UserError(f"{path}: no such file.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}).") from None
+        raise UserError(f"{path}: not valid JSON ({error}).") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found a {type(value).__name__}.")
+        raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}.")
     return value
 
 
@@ -84,16 +83,16 @@ def iter_tensors(folder):
 
 
 def iter_file(path):
-    """Yield (name, tensor on the CPU) of a file. Raises ValueError naming it if it is damaged or holds other things."""
+    """Yield (name, tensor on the CPU) of a file. Raises UserError naming it if it is damaged or holds other things."""
     try:
         yield from _iter_safetensors(path) if path.suffix == ".safetensors" else _iter_bin(path)
     except pickle.UnpicklingError:  # torch's message advises to switch the protection off
-        raise ValueError(
+        raise UserError(
             f"{path}: refused, it does not hold plain tensors. It is damaged, a git-lfs pointer (then: "
             "git lfs pull), or a pickle with objects in it, which could run any code."
         ) from None
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: the file is damaged or not a weight file ({_first_line(error)}). Copy it again and "
             "compare its size with the source; some hundred bytes are a git-lfs pointer: git lfs pull."
         ) from error
@@ -193,7 +192,7 @@ def fill(model, folder, place, ignore=(), may_miss=(), aliases=None):
     may_miss: substrings of names that the file may lack (a new prefix encoder); those keep their initial values.
     aliases: {name in the file: name of the parameter}, for tied weights; where both are in the file the alias wins,
     as in the original.
-    Raises ValueError listing missing, unexpected and mis-shaped names, and tensors with inf or nan in them.
+    Raises UserError listing missing, unexpected and mis-shaped names, and tensors with inf or nan in them.
     """
     aliases = aliases or {}
     parameters = dict(model.named_parameters())
@@ -227,7 +226,7 @@ def fill(model, folder, place, ignore=(), may_miss=(), aliases=None):
         if names
     ]
     if problems:
-        raise ValueError(f"{folder}: the weights do not fit the model of its config.json.\n  " + "\n  ".join(problems))
+        raise UserError(f"{folder}: the weights do not fit the model of its config.json.\n  " + "\n  ".join(problems))
     return [name for name in parameters if name not in seen]
 
 
@@ -260,12 +259,12 @@ def write_sharded(tensors, folder, max_shard_bytes=MAX_SHARD_BYTES):
 def write_tensors(tensors, path):
     """Write {name: CPU tensor} as one safetensors file that everyone may read (the library would make it private).
 
-    Raises OSError when that fails: for a full disk the library has an error of its own.
+    Raises NotWritten when that fails: for a full disk the library has an error of its own.
     """
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise OSError(f"{path}: not written ({error}).") from error
+        raise NotWritten(f"{path}: not written ({error}).") from error
     os.chmod(path, 0o644)
 
 

@@ -102,7 +102,7 @@ def test_flags_of_another_train_type_are_named_and_the_right_ones_not():
 )
 def test_what_does_not_work_together_is_refused_with_the_reason(arguments, parts):
     from glm_finetune.ds_config import read_ds_file, stage_of
-    from glm_finetune.flags import raise_together
+    from glm_finetune.errors import raise_together
     from glm_finetune.tuning import problems
 
     config = parse(TrainConfig, [f"--{k}={v}" for k, v in NEEDED.items()] + arguments)

@@ -17,7 +17,7 @@ TESTS = sorted(ROOT.glob("tests/**/*.py"))
 
 # Who may import whom: a module may import those of lower levels, and those of its own level.
 LEVELS = (
-    ("config", "flags", "dist", "exits", "optim", "loss", "weights", "metrics"),
+    ("errors", "config", "flags", "dist", "exits", "optim", "loss", "weights", "metrics"),
     ("models", "tuning"),
     ("data", "modes"),
     ("build", "checkpoint", "chat", "engine", "tracker", "ds_config", "state", "summary", "guard", "resume"),

@@ -18,8 +18,9 @@ from glm_finetune import MODE, build, tuning
 from glm_finetune.checkpoint import checkpoints as checkpoints_in
 from glm_finetune.config import TrainConfig
 from glm_finetune.ds_config import read_ds_file, resolve, stage_of
+from glm_finetune.errors import raise_together
 from glm_finetune.exits import RESUME_ME
-from glm_finetune.flags import parse, raise_together
+from glm_finetune.flags import parse
 from tests.conftest import DATA
 from tests.ranks import free_port, run_ranks, train_main
 from tests.refusal import run_main

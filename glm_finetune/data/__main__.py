@@ -19,7 +19,8 @@ from glm_finetune.data.files import list_sources, occurrences
 from glm_finetune.data.histogram import Panel, save_histograms
 from glm_finetune.data.report import write_bad_rows
 from glm_finetune.data.samples import of_source, prepare_row, settings_of
-from glm_finetune.flags import parse, raise_together, unknown_choice
+from glm_finetune.errors import UserError, raise_together, unknown_choice
+from glm_finetune.flags import parse
 from glm_finetune.weights import read_json
 
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
@@ -65,7 +66,7 @@ def uncut_lengths(path, settings):
             times = occurrences(place, source.weight)
             try:
                 rendered = prepare_row(source.where(number), row, known)
-            except ValueError:
+            except UserError:
                 continue
             for one in rendered if times else ():
                 samples[len(one.input_ids)] += times

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from glm_finetune.data.files import BOM, MAX_LINE, lines_in, list_sources, numbered_rows
 from glm_finetune.data.lock import locked
+from glm_finetune.errors import UserError
 from glm_finetune.weights import read_json, write_json
 
 BLOCK_BYTES = 2**20
@@ -69,7 +70,7 @@ class Layout:
 
 
 def blocks_of(source, cache_dir=None):
-    """Yield the rows of a source in blocks, in their order. Raises ValueError for a file that cannot be read on."""
+    """Yield the rows of a source in blocks, in their order. Raises UserError for a file that cannot be read on."""
     if source.has_blocks:
         yield from layout_of(source, source.path, cache_dir).blocks
         return
@@ -112,16 +113,16 @@ def signatures(sources):
 
 
 def check_unchanged(before):
-    """Raise ValueError unless the files still have these `signatures`."""
+    """Raise UserError unless the files still have these `signatures`."""
     for path, old in before.items():
         if signature(path) != old:
-            raise ValueError(f"{path}: the file was changed while it was read. Start again when it is complete.")
+            raise UserError(f"{path}: the file was changed while it was read. Start again when it is complete.")
 
 
 def layout_of(source, path, cache_dir=None):
     """Layout of a file of a source, remembered in `cache_dir` for as long as the file's `signature` stays.
 
-    Raises ValueError if it is empty or changes meanwhile.
+    Raises UserError if it is empty or changes meanwhile.
     """
     if cache_dir is None:
         return scan(path, source.has_blocks)
@@ -163,13 +164,13 @@ def _scan_and_note(note, path, has_blocks):
 def scan(path, has_blocks=True):
     """Read a file once -> Layout. has_blocks: `Source.has_blocks`.
 
-    Raises ValueError if it is empty or changes meanwhile.
+    Raises UserError if it is empty or changes meanwhile.
     """
     before = signature(path)
     with open(path, "rb") as file:
         layout = _scan_lines(str(path), file) if has_blocks else Layout(hashlib.file_digest(file, "sha256").hexdigest())
     if layout.num_rows == 0:
-        raise ValueError(f"{path}: the file is empty.")
+        raise UserError(f"{path}: the file is empty.")
     check_unchanged({path: before})
     return layout
 

@@ -28,6 +28,7 @@ from glm_finetune.data.columns import COLUMNS, Samples
 from glm_finetune.data.lock import locked
 from glm_finetune.data.prepare import choose_workers, tokenize
 from glm_finetune.data.report import Report
+from glm_finetune.errors import NotWritten, UserError
 from glm_finetune.weights import read_json, write_json
 
 FORMAT = 2
@@ -46,7 +47,7 @@ def prepared(sources, settings, cache_dir, overwrite=False, progress=False, num_
 
     overwrite: prepare again what was prepared before this call. num_workers: processes; default by the files' size.
     num_threads: see `prepare.tokenize`.
-    Raises ValueError for a bad row (file and line), OSError naming --cache_dir if nothing can be written there.
+    Raises UserError for a bad row (file and line), NotWritten naming --cache_dir if nothing can be written there.
     """
     started = time.time()
     before = signatures(sources)
@@ -108,10 +109,10 @@ def read(folder, oldest=0, say=None):
     try:
         header = read_json(folder / HEADER)
         if header["format"] != FORMAT:
-            raise ValueError(f"format {header['format']}, not {FORMAT}")
+            raise UserError(f"format {header['format']}, not {FORMAT}")
         columns = {name: _map(folder / name, header["counts"][name], dtype) for name, dtype in COLUMNS.items()}
         if wrong := [name for name in COLUMNS if checksum(folder / name) != header["checksums"][name]]:
-            raise ValueError(f"{', '.join(wrong)}: not the bytes that were written")
+            raise UserError(f"{', '.join(wrong)}: not the bytes that were written")
         report = Report.from_json(header["report"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if say:
@@ -140,7 +141,7 @@ def checksum(path):
 def _map(path, count, dtype):
     expected, found = count * np.dtype(dtype).itemsize, path.stat().st_size
     if found != expected:
-        raise ValueError(f"{path.name} has {found} bytes instead of {expected}")
+        raise UserError(f"{path.name} has {found} bytes instead of {expected}")
     return np.memmap(path, dtype, "r", shape=(count,)) if count else np.zeros(0, dtype)
 
 
@@ -159,7 +160,7 @@ def _build(folder, before, sources, settings, progress, num_workers, num_threads
         write_json(header, temporary / HEADER)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
-    except ValueError as error:
+    except UserError as error:
         write_json({"at": time.time(), "error": str(error)}, folder.with_suffix(".error"))
         raise
     finally:
@@ -184,12 +185,12 @@ def _write(folder, sources, settings, progress, num_workers, num_threads):
 
 
 def _raise_old_error(folder, started):
-    """Raise the ValueError that another rank met while this one waited, instead of going the same way to it."""
+    """Raise the UserError that another rank met while this one waited, instead of going the same way to it."""
     path = folder.with_suffix(".error")
     if path.is_file():
         record = read_json(path)
         if record["at"] >= started:
-            raise ValueError(record["error"])
+            raise UserError(record["error"])
 
 
 @contextmanager
@@ -201,7 +202,7 @@ def naming_the_cache(cache_dir):
         raise
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise OSError(
+        raise NotWritten(
             f"--cache_dir {cache_dir}: {'no space left for the prepared data' if full else error}. Give a folder on a "
             "disk with room (about 5 bytes for each token), or --streaming to do without."
         ) from error

@@ -1,11 +1,13 @@
 """Conversations as the world writes them -> messages (`Mode` says what a message is), and what makes one valid.
 
 Roles of the three families of files: role / content (ChatGLM3's with `tool`, OpenAI's with `tool_calls`), from / value.
-Every function raises ValueError with the problem; who calls knows the file and the line.
+Every function raises UserError with the problem; who calls knows the file and the line.
 """
 
 import json
 import keyword
+
+from glm_finetune.errors import UserError
 
 MAX_DEPTH = 32  # of tools and arguments; far deeper ones would end in a RecursionError
 MAX_CHARACTERS = 1 << 24  # of one text; a longer one is a broken file, not a sample
@@ -28,14 +30,14 @@ def text_of(row, name):
     value = row.get(name)
     if not isinstance(value, str):
         problem = f"is {value!r:.40}, not a string" if name in row else "is missing"
-        raise ValueError(f"field {name!r} {problem}; the fields found are {sorted(map(str, row))}.")
+        raise UserError(f"field {name!r} {problem}; the fields found are {sorted(map(str, row))}.")
     if len(value) > MAX_CHARACTERS:
-        raise ValueError(f"field {name!r} has {len(value):,} characters; {MAX_CHARACTERS:,} are allowed. Split it.")
+        raise UserError(f"field {name!r} has {len(value):,} characters; {MAX_CHARACTERS:,} are allowed. Split it.")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         half = value[error.start]
-        raise ValueError(f"field {name!r} has {half!r}, half of a character, at {error.start}.") from None
+        raise UserError(f"field {name!r} has {half!r}, half of a character, at {error.start}.") from None
     return value
 
 
@@ -46,7 +48,7 @@ def list_of(row, name):
         value = _json_of(value, f"field {name!r}")
     if not isinstance(value, list):
         problem = f"is {row[name]!r:.40}, not a list" if name in row else "is missing"
-        raise ValueError(f"field {name!r} {problem}; the fields found are {sorted(map(str, row))}.")
+        raise UserError(f"field {name!r} {problem}; the fields found are {sorted(map(str, row))}.")
     return value
 
 
@@ -57,7 +59,7 @@ def tools_of(row):
     tools = [tool.get("function", tool) if isinstance(tool, dict) else tool for tool in list_of(row, "tools")]
     for i, tool in enumerate(tools, 1):
         if not isinstance(tool, dict) or not isinstance(tool.get("name"), str):
-            raise ValueError(f"field 'tools', tool {i}: expected an object with a 'name', found {tool!r:.60}.")
+            raise UserError(f"field 'tools', tool {i}: expected an object with a 'name', found {tool!r:.60}.")
     as_json(tools, "field 'tools'")
     return tools
 
@@ -65,11 +67,11 @@ def tools_of(row):
 def as_json(value, what):
     """JSON text of tools or of an observation; raises for a value that is too deep or no JSON."""
     if _depth(value) > MAX_DEPTH:
-        raise ValueError(f"{what} is nested deeper than {MAX_DEPTH} levels.")
+        raise UserError(f"{what} is nested deeper than {MAX_DEPTH} levels.")
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{what} is no JSON ({error}).") from None
+        raise UserError(f"{what} is no JSON ({error}).") from None
     return text_of({what: text}, what)
 
 
@@ -84,21 +86,21 @@ def _json_of(text, what):
     try:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{what}: not JSON ({error}): {text[:40]!r}.") from None
+        raise UserError(f"{what}: not JSON ({error}): {text[:40]!r}.") from None
 
 
 def tool_call(name, arguments):
     """An assistant message in ChatGLM3's form: the tool's name as metadata, the call in a Python code block."""
     if not isinstance(name, str) or not name.strip() or "\n" in text_of({"name": name}, "name"):
-        raise ValueError(f"the name of a called tool is {name!r:.40}; expected one line of text.")
+        raise UserError(f"the name of a called tool is {name!r:.40}; expected one line of text.")
     if isinstance(arguments, str):
         arguments = _json_of(arguments, f"the arguments of {name!r}")
     if not isinstance(arguments, dict):
-        raise ValueError(f"the arguments of {name!r} are {arguments!r:.40}, not an object.")
+        raise UserError(f"the arguments of {name!r} are {arguments!r:.40}, not an object.")
     as_json(arguments, f"the arguments of {name!r}")
     for key in arguments:
         if not key.isidentifier() or keyword.iskeyword(key):
-            raise ValueError(f"the arguments of {name!r}: {key!r:.40} cannot be the name of an argument in a call.")
+            raise UserError(f"the arguments of {name!r}: {key!r:.40} cannot be the name of an argument in a call.")
     call = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     return {"role": "assistant", "metadata": name, "content": f"```python\ntool_call({call})\n```"}
 
@@ -111,17 +113,17 @@ def from_roles(entry):
         observation = entry.get("observation")
         if not isinstance(observation, str):
             if observation is None:
-                raise ValueError("field 'observation' is missing: the result of the tool.")
+                raise UserError("field 'observation' is missing: the result of the tool.")
             observation = as_json(observation, "field 'observation'")
         call = tool_call(entry.get("name"), entry["parameters"])
         return [call | loss, {"role": "observation", "content": text_of({"observation": observation}, "observation")}]
     if role == "tool":
         return [{"role": "observation", "content": text_of(entry, "content")}]
     if role not in ("system", "user", "assistant", "observation"):
-        raise ValueError(f"role {role!r:.40}: must be system, user, assistant, observation or tool.")
+        raise UserError(f"role {role!r:.40}: must be system, user, assistant, observation or tool.")
     calls = list_of(entry, "tool_calls") if entry.get("tool_calls") else []
     if len(calls) > 1:
-        raise ValueError(f"field 'tool_calls' has {len(calls)} calls; ChatGLM3 makes one and waits for its result.")
+        raise UserError(f"field 'tool_calls' has {len(calls)} calls; ChatGLM3 makes one and waits for its result.")
     spoken = [_spoken(entry, role) | loss] if entry.get("content") or not calls else []
     return spoken + [_openai_call(call) | loss for call in calls]
 
@@ -139,7 +141,7 @@ def _spoken(entry, role):
         message["tools"] = tools
     if entry.get("metadata"):
         if role != "assistant" or "\n" in text_of(entry, "metadata"):
-            raise ValueError("field 'metadata' is the name of a tool, on one line, in an assistant message only.")
+            raise UserError("field 'metadata' is the name of a tool, on one line, in an assistant message only.")
         message["metadata"] = entry["metadata"]
     return message
 
@@ -150,7 +152,7 @@ def _loss_of(entry):
         value = entry.get(name)
         if value is not None:
             if value not in (0, 1) or isinstance(value, bool) != (name == "loss"):
-                raise ValueError(f"field {name!r} is {value!r:.40}; it must be {values}.")
+                raise UserError(f"field {name!r} is {value!r:.40}; it must be {values}.")
             return {"loss": bool(value)}
     return {}
 
@@ -158,7 +160,7 @@ def _loss_of(entry):
 def _openai_call(call):
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict):
-        raise ValueError(f"field 'tool_calls' has {call!r:.60}; expected an object with 'function'.")
+        raise UserError(f"field 'tool_calls' has {call!r:.60}; expected an object with 'function'.")
     return tool_call(function.get("name"), function.get("arguments") or {})
 
 
@@ -166,11 +168,11 @@ def from_speakers(entry):
     """An entry of from / value (sharegpt) -> messages."""
     speaker = entry.get("from")
     if not isinstance(speaker, str) or speaker not in SPEAKERS:
-        raise ValueError(f"field 'from' is {speaker!r:.40}: must be one of {', '.join(SPEAKERS)}.")
+        raise UserError(f"field 'from' is {speaker!r:.40}: must be one of {', '.join(SPEAKERS)}.")
     if SPEAKERS[speaker] == "function_call":
         call = _json_of(text_of(entry, "value"), "the function call")
         if not isinstance(call, dict):
-            raise ValueError(f"the function call is {call!r:.40}, not an object with name and arguments.")
+            raise UserError(f"the function call is {call!r:.40}, not an object with name and arguments.")
         return [tool_call(call.get("name"), call.get("arguments") or {}) | _loss_of(entry)]
     return [{"role": SPEAKERS[speaker], "content": text_of(entry, "value")} | _loss_of(entry)]
 
@@ -184,15 +186,15 @@ def messages_of(entries, convert, tools=None, field="messages"):
     for i, entry in enumerate(entries, 1):
         try:
             if not isinstance(entry, dict):
-                raise ValueError(f"expected an object, found {entry!r:.60}.")
+                raise UserError(f"expected an object, found {entry!r:.60}.")
             messages += convert(entry)
-        except ValueError as error:
-            raise ValueError(f"field {field!r}, message {i}: {error}") from None
+        except UserError as error:
+            raise UserError(f"field {field!r}, message {i}: {error}") from None
     return messages
 
 
 def check_order(messages, needs_answer=True):
-    """Raise ValueError unless roles follow each other as in a conversation.
+    """Raise UserError unless roles follow each other as in a conversation.
 
     system only at the beginning; the user first; an answer after a question or a tool's result (or, as a call, after
     an answer); a result only after a call; an answer at the end (needs_answer=False: it may also be the user's turn).
@@ -210,14 +212,14 @@ def check_order(messages, needs_answer=True):
             "observation": before == "call",
         }[role]
         if not allowed:
-            raise ValueError(f"message {max(1, place)}: {_what(role)} cannot follow {_what(before)}.")
+            raise UserError(f"message {max(1, place)}: {_what(role)} cannot follow {_what(before)}.")
         if has_tools:
             continue
         before = "call" if role == "assistant" and message.get("metadata", "").strip() else role
     if before in ("start", "system"):
-        raise ValueError("the conversation is empty." if before == "start" else "the conversation is a system message.")
+        raise UserError("the conversation is empty." if before == "start" else "the conversation is a system message.")
     if needs_answer and before not in ("assistant", "call"):
-        raise ValueError(f"the conversation ends with {_what(before)}: add the answer, or leave the last message out.")
+        raise UserError(f"the conversation ends with {_what(before)}: add the answer, or leave the last message out.")
 
 
 def _what(role):

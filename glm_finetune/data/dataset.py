@@ -21,6 +21,7 @@ from glm_finetune.data.prepare import in_memory
 from glm_finetune.data.report import NUM_SHOWN
 from glm_finetune.data.samples import Settings, check_limits
 from glm_finetune.data.stream import Stream
+from glm_finetune.errors import UserError
 from glm_finetune.loss import IGNORE, target_index
 from glm_finetune.modes.spec import Limits
 
@@ -38,7 +39,7 @@ class InstructionDataset(Sequence):
         cache_dir: prepare the samples there, or find them there (see `cache`); None: prepare them here, in memory, in
         this process. progress: show a bar while that is done. window: prepare nothing, render a row when it is asked
         for, best in windows of so many consecutive rows (see `stream`).
-        Raises ValueError for a bad row (file, line, field), or if no row is left; with a window when it is its turn.
+        Raises UserError for a bad row (file, line, field), or if no row is left; with a window when it is its turn.
         """
         sources = list_sources(path)
         if window:
@@ -50,7 +51,7 @@ class InstructionDataset(Sequence):
         self.sources, self.report = sources, self.rows.report
         if not len(self):
             bad = "".join(f"\n{problem}" for problem in self.report.bad[:NUM_SHOWN])
-            raise ValueError(
+            raise UserError(
                 f"{path}: no row left to train on ({self.report}). For the skipped raise --max_len and --max_src_len "
                 f"or cut them (neither --is_skip nor --truncation drop); the others have no answer to train.{bad}"
             )
@@ -106,7 +107,7 @@ def original_dataset(form, path, tokenizer, max_len=1024, max_src_len=256, is_sk
     """Mode.dataset: the data set as ChatGLM-Finetuning makes it, an end token after cut answers included.
 
     max_len, max_src_len: tokens of a sample, of its question. is_skip: leave out rows that do not fit instead of
-    cutting them. Raises ValueError for limits that leave no room, and as InstructionDataset.
+    cutting them. Raises UserError for limits that leave no room, and as InstructionDataset.
     """
     check_limits(max_len, max_src_len, form)
     settings = Settings(form, tokenizer, Limits(max_len, max_src_len), too_long="drop" if is_skip else "cut")

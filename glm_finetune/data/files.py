@@ -21,6 +21,8 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
+from glm_finetune.errors import UserError
+
 MAX_LINE = 1 << 24  # bytes of a JSON line; a longer one is a broken file, not a sample
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
@@ -62,16 +64,16 @@ class Source:
         return [] if self.path.startswith(HUB) else sorted(path for path in folder.rglob("*") if path.is_file())
 
     def rows(self):
-        """Yield (number, dict or Unreadable). Raises ValueError for a file that cannot be read on."""
+        """Yield (number, dict or Unreadable). Raises UserError for a file that cannot be read on."""
         empty = True
         try:
             for number, row in READERS[self.kind](self.path):
                 empty = False
                 yield number, as_row(row)
         except GZIP_ERRORS as error:
-            raise ValueError(f"{self.path}: not a whole gzip file ({error}).") from None
+            raise UserError(f"{self.path}: not a whole gzip file ({error}).") from None
         if empty:
-            raise ValueError(f"{self.path}: the {'array' if self.kind == 'array' else 'file'} is empty.")
+            raise UserError(f"{self.path}: the {'array' if self.kind == 'array' else 'file'} is empty.")
 
 
 def as_row(value):
@@ -80,11 +82,11 @@ def as_row(value):
 
 
 def read_rows(path):
-    """Yield (where, dict) of everything `list_sources` finds. Raises ValueError naming what is wrong, and where."""
+    """Yield (where, dict) of everything `list_sources` finds. Raises UserError naming what is wrong, and where."""
     for source in list_sources(path):
         for number, row in source.rows():
             if isinstance(row, Unreadable):
-                raise ValueError(f"{source.where(number)}: {row.problem}")
+                raise UserError(f"{source.where(number)}: {row.problem}")
             yield source.where(number), row
 
 
@@ -96,11 +98,11 @@ def occurrences(index, weight):
 def list_sources(text):
     """--train_path -> sources: files, folders and data sets with commas between them, `:weight` behind each.
 
-    Raises ValueError for what is not there or cannot be read here.
+    Raises UserError for what is not there or cannot be read here.
     """
     parts = [str(text)] if os.path.exists(text) else [part.strip() for part in str(text).split(",")]
     if not all(parts):
-        raise ValueError(f"{text!r}: a name is missing beside a comma. Take the comma out.")
+        raise UserError(f"{text!r}: a name is missing beside a comma. Take the comma out.")
     return [source for part in parts for source in _sources_of(part)]
 
 
@@ -114,17 +116,17 @@ def _sources_of(text):
     if (match := re.fullmatch(r"(.+):(-?\d+\.?\d*|-?\.\d+)", text)) and not os.path.exists(text):
         text, weight = match[1], Fraction(match[2])
     if weight <= 0:
-        raise ValueError(f"{text}:{float(weight):g}: a weight must be above 0; leave the file out.")
+        raise UserError(f"{text}:{float(weight):g}: a weight must be above 0; leave the file out.")
     path = Path(text)
     if text.startswith(HUB) or _is_saved(Path(text.partition("#")[0])):
         return [Source(text, "datasets", weight)]
     if path.is_dir():
         files = [p for p in sorted(path.iterdir()) if p.is_file() and _suffix(p) in SUFFIXES and p.name[0] != "."]
         if not files:
-            raise ValueError(f"{text}: no file of {', '.join(SUFFIXES)} (or .gz) in this folder.")
+            raise UserError(f"{text}: no file of {', '.join(SUFFIXES)} (or .gz) in this folder.")
         return [_source_of_file(p, weight) for p in files]
     if not os.path.isfile(text):
-        raise ValueError(f"{text}: no such file. (A data set of the Hugging Face hub is {HUB}owner/name.)")
+        raise UserError(f"{text}: no such file. (A data set of the Hugging Face hub is {HUB}owner/name.)")
     return [_source_of_file(path, weight)]
 
 
@@ -159,9 +161,9 @@ def _begins_with(path, mark):
                 if text := block.removeprefix(BOM).lstrip():
                     return text.startswith(mark)
     except GZIP_ERRORS as error:
-        raise ValueError(f"{path}: not a whole gzip file ({error}).") from None
+        raise UserError(f"{path}: not a whole gzip file ({error}).") from None
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error}).") from None
+        raise UserError(f"{path}: cannot be read ({error}).") from None
     return False
 
 
@@ -222,12 +224,12 @@ def _read_array(path):
     try:
         yield from enumerate(json.loads(content.decode("utf-8-sig")), 1)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: {_not_utf8(error)}") from None
+        raise UserError(f"{path}: {_not_utf8(error)}") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg}).") from None
+        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}).") from None
     except (RecursionError, ValueError) as error:
         problem = "nested too deep" if isinstance(error, RecursionError) else f"not JSON ({error})"
-        raise ValueError(f"{path}: {problem}.") from None
+        raise UserError(f"{path}: {problem}.") from None
 
 
 def _read_table(delimiter, path):
@@ -245,14 +247,14 @@ def _read_table(delimiter, path):
                 start = reader.line_num + 1
         except UnicodeDecodeError as error:
             byte = error.object[error.start : error.start + 1]
-            raise ValueError(f"{path}, line {start} or later: not UTF-8 (byte {byte!r}). {CONVERT}") from None
+            raise UserError(f"{path}, line {start} or later: not UTF-8 (byte {byte!r}). {CONVERT}") from None
         except csv.Error as error:
-            raise ValueError(f"{path}, line {start}: not {kind} ({error}).") from None
+            raise UserError(f"{path}, line {start}: not {kind} ({error}).") from None
 
 
 def _header(path, names):
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise ValueError(f"{path}: two columns are named {twice[0]!r}. Rename one of them.")
+        raise UserError(f"{path}: two columns are named {twice[0]!r}. Rename one of them.")
     return names
 
 
@@ -279,7 +281,7 @@ def _read_parquet(path):
                 number += len(rows)
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
             after = f" after row {number}" if number else ""
-            raise ValueError(f"{path}: not a readable Parquet file{after} ({str(error).splitlines()[0]}).") from None
+            raise UserError(f"{path}: not a readable Parquet file{after} ({str(error).splitlines()[0]}).") from None
 
 
 def _read_datasets(text):
@@ -298,14 +300,14 @@ def _read_datasets(text):
             if isinstance(rows, datasets.DatasetDict):
                 rows = rows[split or "train"]
             elif split:
-                raise ValueError(f"it has no splits; leave #{split} out")
+                raise UserError(f"it has no splits; leave #{split} out")
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{text}: `datasets` cannot load it ({type(error).__name__}: {error}).") from None
+        raise UserError(f"{text}: `datasets` cannot load it ({type(error).__name__}: {error}).") from None
     yield from enumerate(rows, 1)
 
 
 def _missing(library, path):
-    return ValueError(f"{path}: reading it needs {library}: pip install {library}")
+    return UserError(f"{path}: reading it needs {library}: pip install {library}")
 
 
 READERS = {  # kind -> function: path -> (number, row)

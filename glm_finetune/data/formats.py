@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from glm_finetune.config import unknown_choice
 from glm_finetune.data.conversation import (
     check_order,
     from_roles,
@@ -22,6 +21,7 @@ from glm_finetune.data.conversation import (
     text_of,
     tools_of,
 )
+from glm_finetune.errors import UserError, unknown_choice
 
 NUM_DETECTED = 20  # rows that are looked at to tell the format
 
@@ -55,7 +55,7 @@ class Format:
         return ("from" in entries[0]) == (self.entry_field == "from")
 
     def messages(self, row, prompt_text="", needs_answer=True):
-        """Messages of a row. Raises ValueError with the problem: field, what it is, what to do."""
+        """Messages of a row. Raises UserError with the problem: field, what it is, what to do."""
         messages = self.convert(row, prompt_text) if self.takes_prompt else self.convert(row)
         if messages[:1] and messages[0]["role"] == "text":
             return messages if needs_answer else [{**messages[0], "role": "user"}]
@@ -89,13 +89,13 @@ def with_history(fields, answer, row):
         messages.append({"role": "system", "content": text_of(row, "system")})
     for i, turn in enumerate(list_of(row, "history") if row.get("history") not in (None, "") else [], 1):
         if not isinstance(turn, list) or len(turn) != 2:
-            raise ValueError(f"field 'history', round {i}: expected [question, answer], found {turn!r:.60}.")
+            raise UserError(f"field 'history', round {i}: expected [question, answer], found {turn!r:.60}.")
         question, answered = ({"text": text} for text in turn)
         try:
             messages += [{"role": "user", "content": text_of(question, "text")}]
             messages += [{"role": "assistant", "content": text_of(answered, "text")}]
-        except ValueError as error:
-            raise ValueError(f"field 'history', round {i}: {error}") from None
+        except UserError as error:
+            raise UserError(f"field 'history', round {i}: {error}") from None
     return messages + pair(fields, answer, row)
 
 
@@ -112,7 +112,7 @@ def conversation(field, convert, row):
 def plain_text(row):
     """Text to continue training on, with no question. A row with an answer is in the wrong file: it would be lost."""
     if row.get("answer") is not None:
-        raise ValueError("field 'answer' stands beside 'text': one file is text alone, or text and answer.")
+        raise UserError("field 'answer' stands beside 'text': one file is text alone, or text and answer.")
     return [{"role": "text", "content": text_of(row, "text")}]
 
 
@@ -146,9 +146,9 @@ FORMATS = {
 
 
 def named(name):
-    """The format of --data_format. Raises ValueError with the nearest name."""
+    """The format of --data_format. Raises UserError with the nearest name."""
     if name not in FORMATS:
-        raise ValueError(*unknown_choice("data_format", name, tuple(FORMATS)))
+        raise UserError(*unknown_choice("data_format", name, tuple(FORMATS)))
     return FORMATS[name]
 
 
@@ -164,18 +164,18 @@ def detect(rows, needs_answer=True):
 
     Of two that as many have, the first row's.
 
-    Raises ValueError if they have none (naming the nearest and what it lacks) or could be two.
+    Raises UserError if they have none (naming the nearest and what it lacks) or could be two.
     """
     votes = Counter(form.name for row in rows for form in fitting(row))
     if not needs_answer and votes.keys() <= {"text", "text_answer"}:
         votes = Counter(form.name for row in rows for form in fitting(row, needs_answer))
     if not votes:
-        raise ValueError(f"{_nearest(rows[0])} Name other columns with --columns field=column.")
+        raise UserError(f"{_nearest(rows[0])} Name other columns with --columns field=column.")
     best = [name for name, count in votes.items() if count == max(votes.values())]
     first = [form.name for form in fitting(rows[0], needs_answer)]
     best = [name for name in best if name in first] or best
     if len(best) > 1:
-        raise ValueError(f"its fields {sorted(map(str, rows[0]))} could be {' or '.join(best)}: say --data_format.")
+        raise UserError(f"its fields {sorted(map(str, rows[0]))} could be {' or '.join(best)}: say --data_format.")
     return FORMATS[best[0]]
 
 
@@ -193,7 +193,7 @@ def _nearest(row):
 def parse_columns(text):
     """ "instruction=question,output=reply" -> {"instruction": "question", "output": "reply"}; None -> {}.
 
-    Raises ValueError for another form or a field that no format has.
+    Raises UserError for another form or a field that no format has.
     """
     known = {name for form in FORMATS.values() for name in (*form.fields, form.answer, *form.optional)} - {None}
     columns = {}
@@ -201,7 +201,7 @@ def parse_columns(text):
         name, equals, column = part.partition("=")
         if not equals or not column or name not in known or name in columns:
             fields = ", ".join(sorted(known))
-            raise ValueError(f"--columns {text}: {part!r} must be FIELD=COLUMN, each field once, of {fields}.")
+            raise UserError(f"--columns {text}: {part!r} must be FIELD=COLUMN, each field once, of {fields}.")
         columns[name] = column
     return columns
 

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from glm_finetune.data.report import percentile
+from glm_finetune.errors import UserError
 
 WIDTH, HEIGHT = 1200, 440  # pixels of a panel
 LEFT, RIGHT, TOP, BOTTOM = 110, 40, 84, 76  # margins around its bars
@@ -26,11 +27,11 @@ class Panel:
 
 
 def save_histograms(panels, path):
-    """Draw the panels below each other. Raises ValueError if Pillow is not installed or the file cannot be written."""
+    """Draw the panels below each other. Raises UserError if Pillow is not installed or the file cannot be written."""
     try:
         from PIL import Image, ImageDraw
     except ImportError:
-        raise ValueError(f"{path}: drawing it needs Pillow: pip install pillow") from None
+        raise UserError(f"{path}: drawing it needs Pillow: pip install pillow") from None
     image = Image.new("RGB", (WIDTH, HEIGHT * len(panels)), "white")
     draw = ImageDraw.Draw(image)
     for i, panel in enumerate(panels):
@@ -38,7 +39,7 @@ def save_histograms(panels, path):
     try:
         image.save(path, format="PNG")
     except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error}).") from None
+        raise UserError(f"{path}: cannot be written ({error}).") from None
 
 
 def nice_step(span, num):

@@ -29,6 +29,7 @@ from glm_finetune.data.columns import COLUMNS, Builder, Samples, lengths_of
 from glm_finetune.data.files import Source, occurrences
 from glm_finetune.data.report import Report
 from glm_finetune.data.samples import drafts_of, of_source, prepare_row
+from glm_finetune.errors import UserError
 from glm_finetune.modes.form import ANSWER, SOURCE
 
 PENDING_PER_WORKER = 2
@@ -60,7 +61,7 @@ def uncollected():
 
 @uncollected()
 def tokenize_block(settings, task, num_threads=1):
-    """The Samples of a block. Raises ValueError naming file and line for a bad row, unless it is to be skipped.
+    """The Samples of a block. Raises UserError naming file and line for a bad row, unless it is to be skipped.
 
     All texts are encoded together, and that is all for the rows of which nothing is cut. num_threads: SentencePiece's.
     """
@@ -84,7 +85,7 @@ def tokenize_block(settings, task, num_threads=1):
             continue
         try:
             rendered = prepare_row(task.source.where(number), row, one_by_one)
-        except ValueError as error:
+        except UserError as error:
             if settings.on_bad_row != "skip":
                 raise
             report.add_bad(error)
@@ -127,7 +128,7 @@ def tokenize(sources, settings, num_workers=0, cache_dir=None, progress=False, n
     """Yield the Samples of each block of each source, in order. num_workers: 0 = in this process, where SentencePiece
     has num_threads, by default as many as there are cores.
 
-    cache_dir: where the places of blocks are remembered. progress: show a bar. Raises ValueError for a bad row or file.
+    cache_dir: where the places of blocks are remembered. progress: show a bar. Raises UserError for a bad row or file.
     """
     tasks = _tasks(sources, settings, cache_dir)
     if num_workers:

@@ -13,6 +13,7 @@ from glm_finetune.data.blocks import check_unchanged, layout_of, signatures
 from glm_finetune.data.cache import naming_the_cache
 from glm_finetune.data.report import Report
 from glm_finetune.data.samples import first_rows, of_source, prepare_row
+from glm_finetune.errors import UserError
 
 LEAVE = "Leave --streaming out."
 
@@ -23,14 +24,14 @@ class Stream:
     def __init__(self, sources, settings, window, cache_dir=None):
         """window: rows that are kept together in memory, rows [0, window), [window, 2 * window), ...
 
-        Raises ValueError for a file that is no plain JSON lines or has a weight, and for first rows that do not make
+        Raises UserError for a file that is no plain JSON lines or has a weight, and for first rows that do not make
         one sample each.
         """
         self.sources, self.window, self._blocks, self._first_rows, num_rows = sources, window, [], [], 0
         before = signatures(sources)
         for position, source in enumerate(sources):
             if not source.has_blocks or source.weight != 1:
-                raise ValueError(
+                raise UserError(
                     f"{source.path}: --streaming reads files of JSON lines, not compressed, without a weight; this one "
                     f"{'is none' if not source.has_blocks else f'has the weight {float(source.weight):g}'}. {LEAVE}"
                 )
@@ -51,7 +52,7 @@ class Stream:
         return self.report.rows
 
     def __getitem__(self, index):
-        """Raises ValueError naming file and line for a row that is none, or that does not make one sample."""
+        """Raises UserError naming file and line for a row that is none, or that does not make one sample."""
         position, number, row = self._row(index)
         return sample_of(self.sources[position].where(number), row, self._settings[position])
 
@@ -84,9 +85,9 @@ class Stream:
 
 
 def sample_of(where, row, settings):
-    """The one sample of a row. Raises ValueError naming `where` if it makes none or several."""
+    """The one sample of a row. Raises UserError naming `where` if it makes none or several."""
     rendered = prepare_row(where, row, settings)
     if len(rendered) != 1:
-        raise ValueError(f"{where}: makes {len(rendered)} samples, --streaming takes one of each row. {LEAVE}")
+        raise UserError(f"{where}: makes {len(rendered)} samples, --streaming takes one of each row. {LEAVE}")
     one = rendered[0]
     return {"input_ids": one.input_ids, "labels": one.labels, "num_prefix": one.num_prefix}

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from glm_finetune import weights
+from glm_finetune.errors import UserError
 from glm_finetune.models.layers import PromptEncoder, Segments, head_loss, with_prefix_columns
 from glm_finetune.weights import DTYPE_NAMES
 
@@ -32,15 +33,15 @@ class OriginalConfig(PreTrainedConfig):
     def from_pretrained(cls, folder):
         """Read `folder`/config.json.
 
-        Raises ValueError if it is missing, not JSON, or of another architecture.
+        Raises UserError if it is missing, not JSON, or of another architecture.
         """
         path = Path(folder) / "config.json"
         if not Path(folder).is_dir():
-            raise ValueError(f"{folder}: no such folder. Give the folder of a checkpoint on this machine.")
+            raise UserError(f"{folder}: no such folder. Give the folder of a checkpoint on this machine.")
         fields = weights.read_json(path)
         missing = [name for name in cls.required_fields if name not in fields]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"{path}: not a configuration of this --mode: it has no {missing}. ChatGLM-6B is "
                 "--mode glm, ChatGLM2-6B and CodeGeeX2 are --mode glm2, ChatGLM3-6B is --mode glm3."
             )
@@ -51,14 +52,14 @@ class OriginalConfig(PreTrainedConfig):
 
     @classmethod
     def _check_types(cls, fields, path):
-        """Raise ValueError for a field whose type is not that of its default, a negative number, an unknown dtype."""
+        """Raise UserError for a field whose type is not that of its default, a negative number, an unknown dtype."""
         defaults = {name: parameter.default for name, parameter in inspect.signature(cls.__init__).parameters.items()}
         for name, value in fields.items():
             kinds = {bool: bool, int: int, float: (int, float)}.get(type(defaults.get(name)), object)
             if not isinstance(value, kinds) or (kinds not in (bool, object) and value < 0):
-                raise ValueError(f"{path}: {name} is {value!r}, expected something like {defaults[name]!r}.")
+                raise UserError(f"{path}: {name} is {value!r}, expected something like {defaults[name]!r}.")
         if fields.get("torch_dtype", "float32") not in DTYPE_NAMES.values():
-            raise ValueError(
+            raise UserError(
                 f"{path}: torch_dtype is {fields['torch_dtype']!r}, expected one of {', '.join(DTYPE_NAMES.values())}."
             )
 
@@ -85,7 +86,7 @@ class OriginalModel(PreTrainedModel, GenerationMixin):
         config: replaces the folder's own (to set `pre_seq_len`); may_miss: see `weights.fill`.
         place: where the weights go, instead of whole onto `device` as `dtype`; see `weights.OnDevice`.
         Peak memory is the model plus one tensor. Returns the model in eval mode.
-        Raises ValueError for a folder, file, name or shape that does not fit.
+        Raises UserError for a folder, file, name or shape that does not fit.
         """
         config = cls.config_class.from_pretrained(folder) if config is None else config
         dtype = dtype or getattr(torch, config.source.get("torch_dtype", "float32"))

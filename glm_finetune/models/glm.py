@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from glm_finetune.errors import UserError
 from glm_finetune.models.base import OriginalConfig, OriginalModel
 from glm_finetune.models.layers import (
     LanguageModelHead,
@@ -61,7 +62,7 @@ class ChatGLMConfig(OriginalConfig):
         **others,
     ):
         if not position_encoding_2d:
-            raise ValueError(
+            raise UserError(
                 "config.json: position_encoding_2d must be true; no released ChatGLM-6B has it false, and the "
                 "original's code for it contradicts itself between training and generation."
             )

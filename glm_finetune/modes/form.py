@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from glm_finetune.errors import UserError
 from glm_finetune.loss import IGNORE
 from glm_finetune.modes.spec import Rendered
 
@@ -68,7 +69,7 @@ class Form:
     def render(self, tokenizer, messages, limits=None, template="train"):
         """See Mode.render."""
         if not messages:
-            raise ValueError("an empty conversation.")
+            raise UserError("an empty conversation.")
         last = len(messages) - 1
         trained = [last] if messages[last]["role"] == "assistant" else []
         return self._alone(tokenizer, cache(tokenizer.encode_text), messages, limits, template, trained)
@@ -120,7 +121,7 @@ class Form:
         excess = max(0, num_source - limits.max_src_len)
         if excess > len(free):
             forget = ", or use --truncation head, which forgets the oldest rounds"
-            raise ValueError(
+            raise UserError(
                 f"its role tokens alone are more than --max_src_len {limits.max_src_len} (what --max_length leaves, in "
                 f"prediction): raise it{forget if limits.truncation != 'head' else ''}."
             )

@@ -10,6 +10,7 @@ import json
 from functools import partial
 
 from glm_finetune.data.dataset import original_dataset
+from glm_finetune.errors import UserError
 from glm_finetune.models.glm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration
 from glm_finetune.modes.form import ANSWER, FIXED, SOURCE, Draft, Form
 from glm_finetune.modes.glm2 import TINY_CONFIG, positions
@@ -42,7 +43,7 @@ def message_parts(tokenizer, message):
     """(role token), ids of `metadata\\n`, content: a system message's own and its `tools`, as JSON."""
     role, metadata, content = message["role"], message.get("metadata"), message["content"]
     if role not in ROLES:
-        raise ValueError(f"role {role!r}: ChatGLM3 knows {', '.join(ROLES)}.")
+        raise UserError(f"role {role!r}: ChatGLM3 knows {', '.join(ROLES)}.")
     if role == "system" and "tools" in message:
         content = content + "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
     head = tuple(tokenizer.encode_text(metadata + "\n")) if metadata else tokenizer.newline_ids

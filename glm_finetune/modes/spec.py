@@ -4,6 +4,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from glm_finetune.errors import UserError
+
 TRUNCATIONS = ("tail", "head", "middle")
 
 
@@ -80,10 +82,10 @@ class Mode:
     tiny_config: dict = field(repr=False)
 
     def refuse_others(self, folder, config):
-        """Raise ValueError if the `_name_or_path` of a folder's config.json (a dict) is a model of another mode."""
+        """Raise UserError if the `_name_or_path` of a folder's config.json (a dict) is a model of another mode."""
         name = str(config.get("_name_or_path", ""))
         if re.search(self.other_names, name, re.IGNORECASE):
-            raise ValueError(
+            raise UserError(
                 f"{folder}: its config.json says it is {name}, not a model for --mode {self.name}. If that is wrong, "
                 "correct _name_or_path there."
             )
@@ -101,19 +103,19 @@ def split_turns(messages):
     """Messages of user and assistant in turn -> (list of past (question, answer), question, answer or None).
 
     A system message is put in front of the first question, on a line of its own: these modes have no such role.
-    Raises ValueError for another order or another role.
+    Raises UserError for another order or another role.
     """
     roles = [message["role"] for message in messages]
     if roles == ["user", "assistant"] and len(messages[0]) == len(messages[1]) == 2:  # most rows: be quick
         return [], messages[0]["content"], messages[1]["content"]
     if any(m["role"] == "observation" or m.get("metadata") or "tools" in m for m in messages):
-        raise ValueError("tools and their results: this mode has no form for them. Use --mode glm3.")
+        raise UserError("tools and their results: this mode has no form for them. Use --mode glm3.")
     if messages and messages[0]["role"] == "system" and len(messages) > 1:
         system, first, *rest = messages
         messages, roles = [{**first, "content": f"{system['content']}\n{first['content']}"}, *rest], roles[1:]
     expected = ["user", "assistant"] * (len(roles) // 2 + 1)
     if not roles or roles != expected[: len(roles)]:
-        raise ValueError(f"roles {roles}: this mode knows user and assistant in turn, beginning with the user.")
+        raise UserError(f"roles {roles}: this mode knows user and assistant in turn, beginning with the user.")
     contents = [message["content"] for message in messages]
     answer = contents.pop() if roles[-1] == "assistant" else None
     question = contents.pop()

@@ -18,6 +18,7 @@ import numpy as np
 import sentencepiece
 import torch
 
+from glm_finetune.errors import UserError
 from glm_finetune.weights import read_json
 
 # transformers' clean_up_tokenization, the default of the original ChatGLM-6B and ChatGLM2-6B tokenizers
@@ -53,7 +54,7 @@ class Tokenizer:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
             found = sorted(p.name for p in Path(folder).iterdir()) if Path(folder).is_dir() else "no such folder"
-            raise ValueError(
+            raise UserError(
                 f"{path}: not a readable SentencePiece model ({str(error).splitlines()[0]}). "
                 f"Found in the folder: {found}."
             ) from None
@@ -67,7 +68,7 @@ class Tokenizer:
     def from_pretrained(cls, folder):
         """Read the tokenizer files of a checkpoint folder.
 
-        Raises ValueError naming the file that is missing or wrong.
+        Raises UserError naming the file that is missing or wrong.
         """
         config = Path(folder) / "tokenizer_config.json"
         return cls(folder, read_json(config) if config.is_file() else {})
@@ -222,7 +223,7 @@ class ChatGLMTokenizer(Tokenizer):
 
     def _special(self, token):
         if self.sp.piece_to_id(token) == self.sp.unk_id():
-            raise ValueError(
+            raise UserError(
                 f"{self.folder / self.model_file}: has no piece {token}; this is not ChatGLM-6B's vocabulary."
             )
         return self.convert_tokens_to_ids(token)

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
+from glm_finetune.errors import UserError
 from glm_finetune.optim import full_shape
 from glm_finetune.weights import iter_file, read_json
 
@@ -28,7 +29,7 @@ def add_lora(model, rank, alpha, dropout, targets, base_path, variant="lora", mo
 
     modules_to_save: names of modules that are trained whole beside it. variant: a key of VARIANT.
     base_path is recorded in adapter_config.json, from where `merge_lora.py` and `predict.py` find the base again.
-    Raises ValueError with the names that exist when a target matches nothing.
+    Raises UserError with the names that exist when a target matches nothing.
     """
     targets = all_linear(model) if list(targets) == [ALL_LINEAR] else targets
     check_targets(model, targets)
@@ -54,12 +55,12 @@ def add_lora(model, rank, alpha, dropout, targets, base_path, variant="lora", mo
 
 
 def check_rank(model, rank, targets):
-    """Raise ValueError if a target has fewer singular values than `rank`, with which PiSSA would begin."""
+    """Raise UserError if a target has fewer singular values than `rank`, with which PiSSA would begin."""
     for name, weight in model.named_parameters():
         layer = name.removesuffix(".weight")
         most = min(full_shape(weight))
         if name.endswith(".weight") and layer.endswith(tuple(targets)) and rank > most:
-            raise ValueError(
+            raise UserError(
                 f"--lora_dim {rank}: {layer} has {most} singular values; --lora_variant pissa takes no more."
             )
 
@@ -72,16 +73,16 @@ def all_linear(model):
 
 
 def check_modules(model, names):
-    """Raise ValueError for a module to save that does not exist or shares its weight with another."""
+    """Raise UserError for a module to save that does not exist or shares its weight with another."""
     modules = dict(model.named_modules())
     uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     for wanted in names:
         found = [module for name, module in modules.items() if name == wanted or name.endswith("." + wanted)]
         if not found:
             shown = sorted({name.rpartition(".")[2] for name in modules if not name.rpartition(".")[2].isdecimal()})
-            raise ValueError(f"--modules_to_save: no module is called {wanted}. There are: {', '.join(shown[1:])}.")
+            raise UserError(f"--modules_to_save: no module is called {wanted}. There are: {', '.join(shown[1:])}.")
         if any(uses[id(weight)] > 1 for module in found for weight in module.parameters()):
-            raise ValueError(
+            raise UserError(
                 f"--modules_to_save: {wanted} shares its weight with another module of this model (embedding and "
                 "output layer are one matrix in ChatGLM-6B): it cannot be trained by itself."
             )
@@ -111,7 +112,7 @@ def exported(model, weights):
 
 
 def check_targets(model, targets):
-    """Raise ValueError naming the targets that no layer with a matrix of its own has, and the names that exist.
+    """Raise UserError naming the targets that no layer with a matrix of its own has, and the names that exist.
 
     Layers that share one matrix (ChatGLM-6B's head and embedding) are none: an update of one would be the other's too.
     """
@@ -126,8 +127,8 @@ def check_targets(model, targets):
     unmatched = [t for t in targets if not any(name == t or name.endswith("." + t) for name in matrices)]
     if unmatched:
         if ALL_LINEAR in unmatched:
-            raise ValueError(f"--lora_module_name: {ALL_LINEAR} stands alone; leave the other names out.")
-        raise ValueError(
+            raise UserError(f"--lora_module_name: {ALL_LINEAR} stands alone; leave the other names out.")
+        raise UserError(
             f"--lora_module_name: no layer is called {', '.join(unmatched)}. Layers that take LoRA: "
             f"{', '.join(linear)}."
         )
@@ -136,7 +137,7 @@ def check_targets(model, targets):
 def load_adapter(model, folder):
     """Put the adapter in `folder` (peft's layout, also of 2023) on `model`, for prediction.
 
-    Raises ValueError when a file is missing or damaged, or its tensors do not fit the base: of names that are missing
+    Raises UserError when a file is missing or damaged, or its tensors do not fit the base: of names that are missing
     peft only warns, and those that it does not know it leaves out in silence.
     """
     _check_adapter_config(Path(folder) / "adapter_config.json")
@@ -145,12 +146,12 @@ def load_adapter(model, folder):
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
             model = PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device)).eval()
     except (RuntimeError, ValueError, TypeError) as error:
-        raise ValueError(f"{folder}: the adapter does not fit the base model: {str(error)[:400]}") from error
+        raise UserError(f"{folder}: the adapter does not fit the base model: {str(error)[:400]}") from error
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     missing = sorted(expected - names)
     unexpected = sorted(name for name in names - expected if not name.endswith("base_layer.weight"))
     if missing or unexpected:
-        raise ValueError(
+        raise UserError(
             f"{folder}: the adapter does not fit the base model: {len(missing)} tensors missing "
             f"{missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}. Is it of another base?"
         )
@@ -161,14 +162,14 @@ def _adapter_file(folder):
     for name in WEIGHT_FILES:
         if (Path(folder) / name).is_file():
             return Path(folder) / name
-    raise ValueError(f"{folder}: no weights of the adapter, expected {' or '.join(WEIGHT_FILES)}.")
+    raise UserError(f"{folder}: no weights of the adapter, expected {' or '.join(WEIGHT_FILES)}.")
 
 
 def _check_adapter_config(path):
-    """Raise ValueError unless it says what a LoRA adapter is: peft would take a default for what is missing."""
+    """Raise UserError unless it says what a LoRA adapter is: peft would take a default for what is missing."""
     fields = read_json(path)
     if fields.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type is {fields.get('peft_type')!r}; adapters of type LORA are read.")
+        raise UserError(f"{path}: peft_type is {fields.get('peft_type')!r}; adapters of type LORA are read.")
     for name, kind in (("r", int), ("lora_alpha", (int, float)), ("target_modules", (list, str))):
         if not isinstance(fields.get(name), kind):
-            raise ValueError(f"{path}: {name} is {fields.get(name)!r}: the file is damaged, copy it again.")
+            raise UserError(f"{path}: {name} is {fields.get(name)!r}: the file is damaged, copy it again.")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from glm_finetune.errors import UserError
 from glm_finetune.models.layers import PromptEncoder
 from glm_finetune.weights import file_dtypes, iter_tensors, read_json, write_json
 
@@ -23,7 +24,7 @@ def add_prefix(model, pre_seq_len, projection, dropout):
     """Freeze `model` and give it a prefix of `pre_seq_len` tokens; projection: through an MLP.
     dropout: of the prefix in training.
 
-    Raises ValueError if it is longer than the context or the model has one already.
+    Raises UserError if it is longer than the context or the model has one already.
     """
     _check_length(model, pre_seq_len)
     model.requires_grad_(False)
@@ -34,11 +35,11 @@ def add_prefix(model, pre_seq_len, projection, dropout):
 def add_prompt(model, prompt_len, projection, dropout, max_len):
     """Freeze `model` and give it a version 1 prompt of `prompt_len` embeddings; projection: from the LSTM encoder.
 
-    max_len: tokens of text, which share the positions with the prompt. Raises ValueError like `add_prefix`.
+    max_len: tokens of text, which share the positions with the prompt. Raises UserError like `add_prefix`.
     """
     _check_length(model, prompt_len)
     if prompt_len + max_len > model.config.max_positions:
-        raise ValueError(
+        raise UserError(
             f"--pre_seq_len {prompt_len} and --max_len {max_len} are more than the context of "
             f"{model.config.max_positions}: a version 1 prompt takes positions. Lower one of them."
         )
@@ -49,9 +50,9 @@ def add_prompt(model, prompt_len, projection, dropout, max_len):
 
 def _check_length(model, length):
     if model.config.pre_seq_len or model.config.prompt_len:
-        raise ValueError("--train_type ptuning: the base has a prefix already; give the base it was made from.")
+        raise UserError("--train_type ptuning: the base has a prefix already; give the base it was made from.")
     if length >= model.config.max_positions:
-        raise ValueError(f"--pre_seq_len {length}: must be below the context of {model.config.max_positions}.")
+        raise UserError(f"--pre_seq_len {length}: must be below the context of {model.config.max_positions}.")
 
 
 def write_prefix(model, tensors, folder):
@@ -86,19 +87,19 @@ def is_prefix_folder(folder):
 
 
 def load_prefix(model, folder):
-    """Put the prefix in `folder` on `model`. Raises ValueError when names or shapes do not fit the base."""
+    """Put the prefix in `folder` on `model`. Raises UserError when names or shapes do not fit the base."""
     tensors = {name: tensor for name, tensor in iter_tensors(folder) if name.startswith((PREFIX, PROMPT))}
     start = PROMPT if any(name.startswith(PROMPT) for name in tensors) else PREFIX
     embedding = tensors.get(start + "embedding.weight")
     if embedding is None:
-        raise ValueError(f"{Path(folder)}: holds no {start}embedding.weight; it is not the checkpoint of a prefix.")
+        raise UserError(f"{Path(folder)}: holds no {start}embedding.weight; it is not the checkpoint of a prefix.")
     if start == PROMPT:
         model.add_prompt(embedding.shape[0], projection=False)
     else:
         model.add_prefix(embedding.shape[0], any(name.startswith(PREFIX + "trans.") for name in tensors))
     expected = {name: p for name, p in model.named_parameters() if name.startswith((PREFIX, PROMPT))}
     if {n: p.shape for n, p in expected.items()} != {n: t.shape for n, t in tensors.items()}:
-        raise ValueError(f"{Path(folder)}: the prefix does not fit the base model. Is it of another base?")
+        raise UserError(f"{Path(folder)}: the prefix does not fit the base model. Is it of another base?")
     with torch.no_grad():
         for name, parameter in expected.items():
             parameter.copy_(tensors[name])

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from glm_finetune.errors import UserError
 from glm_finetune.weights import OnDevice, is_finite, replace_parameter
 
 PACKAGE = "bitsandbytes==0.50.2"
@@ -67,9 +68,9 @@ class Quantized(OnDevice):
 
 
 def import_bitsandbytes():
-    """The package, or a ValueError that says how to install it."""
+    """The package, or a UserError that says how to install it."""
     try:
         import bitsandbytes
     except ImportError as error:
-        raise ValueError(f"--train_type qlora needs bitsandbytes ({error}): pip install {PACKAGE}") from None
+        raise UserError(f"--train_type qlora needs bitsandbytes ({error}): pip install {PACKAGE}") from None
     return bitsandbytes

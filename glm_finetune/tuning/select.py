@@ -2,6 +2,8 @@
 
 import re
 
+from glm_finetune.errors import UserError
+
 
 def train_all(model):
     """Every parameter learns."""
@@ -9,24 +11,24 @@ def train_all(model):
 
 
 def last_layers(model, num):
-    """Parts of parameter names of the last `num` layers. Raises ValueError when the model has fewer."""
+    """Parts of parameter names of the last `num` layers. Raises UserError when the model has fewer."""
     found = (re.search(r"\blayers\.(\d+)\.", name) for name, _ in model.named_parameters())
     num_layers = 1 + max(int(match[1]) for match in found if match)
     if num > num_layers:
-        raise ValueError(f"--freeze_last {num}: the model has {num_layers} layers.")
+        raise UserError(f"--freeze_last {num}: the model has {num_layers} layers.")
     return [f"layers.{i}." for i in range(num_layers - num, num_layers)]
 
 
 def train_named(model, parts):
     """Only parameters whose name contains one of `parts` learn (the original's --freeze_module_name).
 
-    Raises ValueError naming the parts that match nothing, and examples of names that exist.
+    Raises UserError naming the parts that match nothing, and examples of names that exist.
     """
     names = [name for name, _ in model.named_parameters()]
     unmatched = [part for part in parts if not any(part in name for name in names)]
     if unmatched:
         shown = sorted({".".join(name.split(".")[:-2]) for name in names})
-        raise ValueError(
+        raise UserError(
             f"--freeze_module_name: no parameter name contains {' or '.join(map(repr, unmatched))}. "
             f"Names begin with: {', '.join(shown[:12])}, ..."
         )

@@ -1,0 +1,39 @@
+"""What the user can mend: errors that are told as one message, without a traceback. Everything else keeps its own.
+
+raise UserError("--max_len 0: must be above 0.")       # the flag or the file, its value, what to do
+raise_together(config.problems())                      # all problems at once
+"""
+
+import difflib
+
+
+class UserError(ValueError):
+    """A refusal of ours. `exits` prints it and ends with 2; any other ValueError is a bug and shows where it is."""
+
+
+class NotFinite(UserError, FloatingPointError):
+    """Loss, gradient or weights are inf or nan, or nothing is learnt."""
+
+
+class NotWritten(UserError, OSError):
+    """Something could not be written; what was there before is as it was."""
+
+
+class OutOfMemory(UserError, MemoryError):
+    """A card or the host has too little memory; the message says what would help."""
+
+
+def unknown_choice(name, value, allowed):
+    """Yield a problem, with the nearest allowed value, unless `value` is None or allowed."""
+    if value is not None and value not in allowed:
+        near = difflib.get_close_matches(str(value).lower(), map(str, allowed), 1, cutoff=0.7)
+        yield f"--{name} {value!r}: must be one of {', '.join(map(str, allowed))}." + (
+            f" Did you mean {near[0]}?" if near else ""
+        )
+
+
+def raise_together(problems):
+    """Raise one UserError with every problem, if there is any."""
+    problems = list(problems)
+    if problems:
+        raise UserError("\n".join(problems))
