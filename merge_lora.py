@@ -16,11 +16,11 @@ import torch
 from tqdm import tqdm
 
 from glm_finetune import build, exits
-from glm_finetune.chat import chat_ids
+from glm_finetune.answer.chat import chat_ids
 from glm_finetune.config import MergeConfig
 from glm_finetune.errors import UserError
 from glm_finetune.flags import parse
-from glm_finetune.models.base import DTYPE_NAMES, DTYPES
+from glm_finetune.models.network import DTYPE_NAMES, DTYPES
 from glm_finetune.weights import file_dtypes, iter_tensors, write_json
 
 PROMPTS = ("你好", "发动机水温高，风扇不转，是什么故障？", "Write a function that reverses a list.")

@@ -17,12 +17,12 @@ import torch
 from tqdm import tqdm
 
 from glm_finetune import build, dist, exits
-from glm_finetune.chat import answer_ids, chat, chat_ids
+from glm_finetune.answer.chat import answer_ids, chat, chat_ids
 from glm_finetune.config import PredictConfig
 from glm_finetune.data.samples import read_questions
 from glm_finetune.errors import UserError
+from glm_finetune.evaluate.metrics import triple_scores
 from glm_finetune.flags import parse
-from glm_finetune.metrics import triple_scores
 from glm_finetune.modes.spec import Limits
 from glm_finetune.weights import read_json, write_json
 

@@ -17,19 +17,21 @@ from pathlib import Path
 
 import torch
 
-from glm_finetune import build, checkpoint, dist, engine, exits, resume, state, tuning
+from glm_finetune import build, dist, exits, tuning
 from glm_finetune.config import TrainConfig
-from glm_finetune.data.dataset import without_targets
+from glm_finetune.data.dataset import to_device, without_targets
 from glm_finetune.data.report import write_bad_rows
 from glm_finetune.data.sampler import Progress, StepSampler
-from glm_finetune.ds_config import precision_of, read_ds_file, resolve, stage_of
 from glm_finetune.errors import raise_together
 from glm_finetune.flags import parse
-from glm_finetune.guard import Guard
-from glm_finetune.loss import IGNORE
-from glm_finetune.optim import lr_at, num_warmup_steps
-from glm_finetune.summary import start_lines
-from glm_finetune.tracker import Meter, new_tracker, peak_gib
+from glm_finetune.models.loss import IGNORE
+from glm_finetune.run import checkpoint, engine, resume, state
+from glm_finetune.run.ds_config import precision_of, read_ds_file, resolve, stage_of
+from glm_finetune.run.guard import Guard
+from glm_finetune.run.optim import lr_at, num_warmup_steps
+from glm_finetune.run.run import check_paths, choose, choose_place, load_data
+from glm_finetune.run.summary import start_lines
+from glm_finetune.run.tracker import Meter, new_tracker, peak_gib
 
 
 @dataclasses.dataclass
@@ -93,10 +95,6 @@ def train(run):
             meter.start()
 
 
-def to_device(batch, device):
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-
-
 def log(run, lr, meter):
     """One line of numbers. All ranks must call."""
     loss, tokens_per_s = meter.read()
@@ -139,8 +137,8 @@ def evaluate(run):
 
 def main():
     config = parse(TrainConfig, sys.argv[1:], __doc__)
-    mode, train_type = build.choose(config)
-    build.check_paths(config)
+    mode, train_type = choose(config)
+    check_paths(config)
     engine.launch_environment()
     world_size, device = int(os.environ["WORLD_SIZE"]), dist.choose_device(config.device)
     ds_json = read_ds_file(config.ds_file)
@@ -154,7 +152,7 @@ def main():
 def build_and_train(config, mode, train_type, ds_config, precision, device):
     """Everything from the data to the last checkpoint. Returns the exit code."""
     tokenizer, _ = build.check_base(mode, config.model_name_or_path, config.max_len)
-    rows, eval_rows, sampler, collate_rows = build.load_data(config, mode, tokenizer)
+    rows, eval_rows, sampler, collate_rows = load_data(config, mode, tokenizer)
     exits.forget_errors()
     engine.start(device)
     engine.check(ds_config)
@@ -163,7 +161,7 @@ def build_and_train(config, mode, train_type, ds_config, precision, device):
     if resume_from and resume.is_complete(resume_from, config, sampler):
         return 0
     dist.seed_all(config.seed)
-    place = build.choose_place(config, train_type, ds_config, precision, device)
+    place = choose_place(config, train_type, ds_config, precision, device)
     model = build.load_base(mode, config.model_name_or_path, place, config.gradient_checkpointing)
     model = train_type.apply(model, config, mode)
     progress, numbers, lock = Progress(), {}, checkpoint.lock(config.output_dir)  # sees a lost rank before the engine

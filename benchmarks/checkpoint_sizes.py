@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks.train_types import TYPES  # noqa: E402 (the repository is not installed)
 from benchmarks.zero3_loading import shape  # noqa: E402
-from glm_finetune import build  # noqa: E402
 from glm_finetune.config import TrainConfig  # noqa: E402
 from glm_finetune.flags import parse  # noqa: E402
+from glm_finetune.run.run import choose  # noqa: E402
 
 SAME_AS = {"pissa": 2, "qlora 4": 1, "qlora 8": 1}  # the size of the adapter in those of lora
 STATE_BYTES = 12  # an fp32 master and two fp32 moments
@@ -26,7 +26,7 @@ def sizes(flags):
     """(parameters that learn, bytes of the model's files, bytes of the state) of a train type."""
     needed = ["--mode", "glm3", "--model_name_or_path", "b", "--train_path", "t", "--output_dir", "o"]
     config = parse(TrainConfig, [*needed, *flags])
-    mode, train_type = build.choose(config)
+    mode, train_type = choose(config)
     fields = mode.config(**shape(4096))
     fields.source = shape(4096)
     with torch.device("meta"):

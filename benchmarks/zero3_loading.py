@@ -92,9 +92,10 @@ def load(folder, result):
     """What each rank does: load, write the growth of its memory to `result`."""
     import torch
 
-    from glm_finetune import MODE, build, dist, engine
+    from glm_finetune import MODE, build, dist
     from glm_finetune.config import TrainConfig
-    from glm_finetune.ds_config import read_ds_file, resolve
+    from glm_finetune.run import engine
+    from glm_finetune.run.ds_config import read_ds_file, resolve
 
     device = torch.device("cpu")
     config = TrainConfig(model_name_or_path=folder, train_path="", output_dir="", learning_rate=1e-4)

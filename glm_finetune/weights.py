@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from glm_finetune.errors import NotWritten, UserError
-from glm_finetune.optim import full_shape
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -283,3 +282,19 @@ def write_text(text, path):
     temporary = Path(path).with_name(Path(path).name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def full_shape(parameter):
+    """Shape of a parameter, also when ZeRO-3 keeps only a part of it here."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def full_size(parameter):
+    """Number of elements of a parameter, also when ZeRO-3 keeps a part of it here or two are packed into a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return full_shape(parameter).numel() if state is None else state.shape.numel()
+
+
+def full_bytes(parameter):
+    """Bytes of a parameter's weights, also when ZeRO-3 keeps a part of it here (scales of quantised ones excepted)."""
+    return full_shape(parameter).numel() * parameter.element_size()

@@ -11,8 +11,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from glm_finetune import MODE
-from glm_finetune.chat import chat as chat_once
-from glm_finetune.chat import chat_ids
+from glm_finetune.answer.chat import chat as chat_once
+from glm_finetune.answer.chat import chat_ids
 from glm_finetune.data.dataset import collate
 from glm_finetune.models.layers import rotary_angles
 from glm_finetune.modes.glm2 import prompt

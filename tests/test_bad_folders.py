@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from glm_finetune import MODE, build, weights
 from glm_finetune.config import TrainConfig
 from glm_finetune.flags import parse
+from glm_finetune.run.run import choose
 from tests.refusal import cut, json_fields, refused, remove, write
 from tests.tiny import tokenizer_model
 
@@ -183,4 +184,4 @@ def test_names_that_match_nothing_are_answered_with_those_that_exist(checkpoints
     config = parse(TrainConfig, [*NEEDED, "--mode", mode, *arguments])
     with torch.device("meta"):
         model = MODE[mode].model(MODE[mode].config.from_pretrained(checkpoints[mode]))
-    refused(lambda: build.choose(config)[1].apply(model, config, MODE[mode]), *parts)
+    refused(lambda: choose(config)[1].apply(model, config, MODE[mode]), *parts)

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from glm_finetune import MODE, build, dist
+from glm_finetune import MODE, dist
 from glm_finetune.config import MergeConfig, PredictConfig, TrainConfig
-from glm_finetune.ds_config import precision_of, read_ds_file, resolve
 from glm_finetune.flags import parse
+from glm_finetune.run.ds_config import precision_of, read_ds_file, resolve
+from glm_finetune.run.run import choose
 from tests.refusal import refused
 
 NEEDED = ["--model_name_or_path", "base", "--train_path", "data", "--output_dir", "out"]
@@ -99,7 +100,7 @@ def test_switches_take_values(arguments, expected):
 
 def test_unknown_mode_and_train_type_are_reported_together():
     config = parse(TrainConfig, [*NEEDED, "--mode", "GLM33", "--train_type", "lroa"])
-    refused(lambda: build.choose(config), "--mode 'GLM33'", "you mean glm3?", "--train_type 'lroa'", "you mean lora?")
+    refused(lambda: choose(config), "--mode 'GLM33'", "you mean glm3?", "--train_type 'lroa'", "you mean lora?")
 
 
 @pytest.mark.parametrize(
@@ -280,7 +281,7 @@ def test_a_deepspeed_file_with_a_bom_and_auto_is_read(ds):
 @pytest.mark.parametrize("section", ["offload_optimizer", "offload_param"])
 def test_an_nvme_folder_that_cannot_be_written_is_named(section, tmp_path):
     pytest.importorskip("deepspeed")
-    from glm_finetune import engine
+    from glm_finetune.run import engine
 
     (tmp_path / "file").write_text("")
     for path, parts in ((tmp_path / "file/x", ["cannot be written"]), (None, ["needs", "nvme_path"])):

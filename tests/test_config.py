@@ -5,11 +5,11 @@ import json
 
 import pytest
 
-from glm_finetune import build
 from glm_finetune.config import MergeConfig, PredictConfig, TrainConfig
 from glm_finetune.data.sampler import Progress, StepSampler
 from glm_finetune.flags import parse
-from glm_finetune.optim import lr_at, num_warmup_steps
+from glm_finetune.run.optim import lr_at, num_warmup_steps
+from glm_finetune.run.run import choose
 from glm_finetune.tuning import TRAIN_TYPE, unused_flags
 from tests.refusal import refused
 from tests.test_training import run
@@ -101,12 +101,12 @@ def test_flags_of_another_train_type_are_named_and_the_right_ones_not():
     ],
 )
 def test_what_does_not_work_together_is_refused_with_the_reason(arguments, parts):
-    from glm_finetune.ds_config import read_ds_file, stage_of
     from glm_finetune.errors import raise_together
+    from glm_finetune.run.ds_config import read_ds_file, stage_of
     from glm_finetune.tuning import problems
 
     config = parse(TrainConfig, [f"--{k}={v}" for k, v in NEEDED.items()] + arguments)
-    _, train_type = build.choose(config)
+    _, train_type = choose(config)
     stage = stage_of(read_ds_file(config.ds_file))
     refused(lambda: raise_together(problems(config, train_type, stage)), *parts)
 

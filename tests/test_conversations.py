@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from glm_finetune import MODE
-from glm_finetune.chat import chat_ids
+from glm_finetune.answer.chat import chat_ids
 from glm_finetune.data.conversation import check_order, from_roles, from_speakers, messages_of, tool_call
 from glm_finetune.data.files import read_rows
 from glm_finetune.data.formats import FORMATS, detect

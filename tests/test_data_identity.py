@@ -2,11 +2,11 @@
 
 import pytest
 
-from glm_finetune.checkpoint import RENDERING, train_record
 from glm_finetune.config import DataFlags, TrainConfig
 from glm_finetune.flags import parse
 from glm_finetune.modes import MODE
-from glm_finetune.resume import check_same_run
+from glm_finetune.run.checkpoint import RENDERING, train_record
+from glm_finetune.run.resume import check_same_run
 from glm_finetune.tuning import TRAIN_TYPE
 from glm_finetune.weights import write_json
 from tests.refusal import refused

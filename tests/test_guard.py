@@ -9,9 +9,9 @@ import torch
 
 import train
 from glm_finetune import dist, exits
-from glm_finetune.checkpoint import checkpoints as checkpoints_in
 from glm_finetune.config import TrainConfig
-from glm_finetune.guard import MAX_STILL, Guard
+from glm_finetune.run.checkpoint import checkpoints as checkpoints_in
+from glm_finetune.run.guard import MAX_STILL, Guard
 from glm_finetune.tuning import TRAIN_TYPE
 from glm_finetune.weights import iter_tensors, read_json, write_tensors
 from tests.ranks import run_ranks, train_arguments, train_main
@@ -34,9 +34,10 @@ class PoisonGradient(torch.autograd.Function):
 
 def poisoned_main(arguments, bad_rank, bad_calls, what):
     """train_main with a loss (or only its gradient) that is not finite in some forward passes of one rank."""
-    from glm_finetune.models import base
 
-    original, calls = base.head_loss, iter(range(10**6))
+    from glm_finetune.models import network
+
+    original, calls = network.head_loss, iter(range(10**6))
 
     def head_loss(*args):
         loss = original(*args)
@@ -44,7 +45,7 @@ def poisoned_main(arguments, bad_rank, bad_calls, what):
             return loss * float("nan") if what == "loss" else PoisonGradient.apply(loss)
         return loss
 
-    base.head_loss = head_loss
+    network.head_loss = head_loss
     return train_main(arguments)
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from glm_finetune.checkpoint import checkpoints as checkpoints_in
-from glm_finetune.checkpoint import damage, step_of
 from glm_finetune.exits import RESUME_ME
+from glm_finetune.run.checkpoint import checkpoints as checkpoints_in
+from glm_finetune.run.checkpoint import damage, step_of
 from tests.ranks import Job, free_port
 from tests.refusal import contents
 

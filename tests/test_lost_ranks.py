@@ -44,7 +44,7 @@ def act_in(module, name, rank, count, action):
         ("train", "log", 2, 3),
         ("glm_finetune.build", "load_base", 1, 3),
         ("glm_finetune.build", "load_base", 1, 2),
-        ("glm_finetune.checkpoint", "gathered", 2, 3),
+        ("glm_finetune.run.checkpoint", "gathered", 2, 3),
         ("glm_finetune.dist", "all_agree", 1, 2),
     ],
 )

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from glm_finetune import MODE, loss
-from glm_finetune.chat import chat_ids
+from glm_finetune import MODE
+from glm_finetune.answer.chat import chat_ids
 from glm_finetune.data.dataset import collate, without_targets
-from glm_finetune.models import layers
+from glm_finetune.models import layers, loss
 from glm_finetune.models.glm2 import inverse_frequencies
 from glm_finetune.models.layers import rotary_angles
 from glm_finetune.weights import write_json

@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 import merge_lora
 import predict
 import train
-from glm_finetune import build, checkpoint, state, weights
+from glm_finetune import build, weights
 from glm_finetune.config import TrainConfig
 from glm_finetune.data.sampler import Progress
 from glm_finetune.flags import parse
+from glm_finetune.run import checkpoint, state
+from glm_finetune.run.run import choose
 from glm_finetune.tuning import TRAIN_TYPE
 from tests.refusal import contents, cut, json_fields, refused, remove, run_main, write
 from tests.test_bad_input import ROW, lines
@@ -52,7 +54,7 @@ def new_run(base, output_dir, kind):
             kind,
         ],
     )
-    mode, train_type = build.choose(config)
+    mode, train_type = choose(config)
     model = train_type.apply(build.load_base(mode, base, weights.OnDevice(torch.float32, CPU)), config, mode)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

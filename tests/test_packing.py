@@ -13,6 +13,7 @@ from glm_finetune.config import TrainConfig
 from glm_finetune.data.dataset import collate
 from glm_finetune.data.packing import best_fit
 from glm_finetune.models import glm2, layers
+from glm_finetune.run.run import choose_place
 from glm_finetune.tuning import TRAIN_TYPE
 
 every_mode = pytest.mark.parametrize("mode", MODE)
@@ -59,7 +60,7 @@ def trainee(mode, trained, checkpoints, checkpointing=False):
         **NEEDS,
     )
     train_type, ds_config = TRAIN_TYPE[config.train_type], {"zero_optimization": {"stage": 2}}
-    place = build.choose_place(config, train_type, ds_config, "fp32", torch.device("cpu"))
+    place = choose_place(config, train_type, ds_config, "fp32", torch.device("cpu"))
     model = build.load_base(MODE[mode], checkpoints[mode], place, checkpointing)
     model = train_type.apply(model, config, MODE[mode])
     with torch.no_grad():

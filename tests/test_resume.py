@@ -7,9 +7,9 @@ import pytest
 import torch
 from sentencepiece import sentencepiece_model_pb2
 
-from glm_finetune.checkpoint import checkpoints as checkpoints_in
-from glm_finetune.checkpoint import damage, write_manifest
-from glm_finetune.resume import find_resume
+from glm_finetune.run.checkpoint import checkpoints as checkpoints_in
+from glm_finetune.run.checkpoint import damage, write_manifest
+from glm_finetune.run.resume import find_resume
 from glm_finetune.tuning import TRAIN_TYPE
 from tests.ranks import run_ranks, train_arguments, train_main
 from tests.test_matrix import TYPES

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from glm_finetune.checkpoint import checkpoints as checkpoints_in
-from glm_finetune.checkpoint import damage
+from glm_finetune.run.checkpoint import checkpoints as checkpoints_in
+from glm_finetune.run.checkpoint import damage
 from tests.refusal import contents
 from tests.test_interruptions import act_at, assert_same_end, finished, send
 from tests.test_lost_ranks import die
@@ -44,7 +44,7 @@ def every_step(arguments, tmp_path_factory):
 
 def write_late():
     """Checkpoints are written half a second after training has gone on."""
-    from glm_finetune import checkpoint
+    from glm_finetune.run import checkpoint
 
     original = checkpoint._write_model
 
@@ -82,7 +82,7 @@ def test_written_while_training_goes_on_a_checkpoint_is_the_same(
 
 def fail_writing(step, error):
     """state.write, which writes the larger part of a checkpoint, raises `error` at a step."""
-    from glm_finetune import state
+    from glm_finetune.run import state
 
     original = state.write
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from glm_finetune import MODE
-from glm_finetune.chat import StreamDecoder
+from glm_finetune.answer.chat import StreamDecoder
 
 every_mode = pytest.mark.parametrize("mode", MODE)
 INJECTIONS = (
@@ -126,7 +126,7 @@ def test_training_and_prediction_agree_on_the_prompt(mode, checkpoints):
 
 @every_mode
 def test_chat_does_not_touch_the_history_it_is_given(mode, checkpoints):
-    from glm_finetune.chat import chat
+    from glm_finetune.answer.chat import chat
 
     model = MODE[mode].model.from_pretrained(checkpoints[mode], dtype=torch.float32)
     history, pieces = [], []

@@ -7,7 +7,8 @@ import merge_lora
 from glm_finetune import MODE, build, weights
 from glm_finetune.config import TrainConfig
 from glm_finetune.flags import parse
-from glm_finetune.optim import parameter_groups
+from glm_finetune.run.optim import parameter_groups
+from glm_finetune.run.run import choose, choose_place
 from glm_finetune.tuning import TRAIN_TYPE
 from glm_finetune.tuning.lora import load_adapter
 from glm_finetune.tuning.ptuning import write_prefix
@@ -121,16 +122,16 @@ def base_dtypes(folder, stage):
     """What the base's and the prefix's weights are held in, on a rank of a bf16 run."""
     import os
 
-    from glm_finetune import engine
-    from glm_finetune.ds_config import read_ds_file, resolve
+    from glm_finetune.run import engine
+    from glm_finetune.run.ds_config import read_ds_file, resolve
 
     needed = ["--mode", "glm2", "--train_type", "ptuning", "--model_name_or_path", folder, "--train_path", "x"]
     config = parse(TrainConfig, [*needed, "--output_dir", "y", "--learning_rate", "0.1"])
-    mode, train_type = build.choose(config)
+    mode, train_type = choose(config)
     engine.start(CPU)
     ds_json = read_ds_file(f"ds_zero{stage}_no_offload.json")
     ds_config = resolve(ds_json, config, int(os.environ["WORLD_SIZE"]), "bf16", "cpu", train_type.fp32)
-    place = build.choose_place(config, train_type, ds_config, "bf16", CPU)
+    place = choose_place(config, train_type, ds_config, "bf16", CPU)
     model = train_type.apply(build.load_base(mode, folder, place), config, mode)
     module = engine.new_engine(model, ds_config, 0.1).module
     return {("prefix" if "prefix_encoder" in name else "base"): p.dtype for name, p in module.named_parameters()}
@@ -241,7 +242,7 @@ def trained_model(checkpoints, mode, *arguments):
     """The model with a train type applied, as train.py does it, whole on the CPU."""
     needed = ["--mode", mode, "--model_name_or_path", str(checkpoints[mode]), "--train_path", "x", "--output_dir", "y"]
     config = parse(TrainConfig, [*needed, *arguments])
-    chosen, train_type = build.choose(config)
+    chosen, train_type = choose(config)
     model = build.load_base(chosen, checkpoints[mode], weights.OnDevice(torch.float32, CPU))
     return train_type.apply(model, config, chosen), config
 
@@ -317,5 +318,5 @@ def test_the_recipe_of_a_train_type_gives_its_learning_rate(checkpoints):
     needed = ["--model_name_or_path", "b", "--train_path", "x", "--output_dir", "y", "--train_type"]
     for arguments, rate in rates.items():
         config = parse(TrainConfig, [*needed, *arguments])
-        build.choose(config)
+        choose(config)
         assert config.learning_rate == rate

@@ -9,9 +9,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from glm_finetune import MODE, build
-from glm_finetune.checkpoint import checkpoints as checkpoints_in
 from glm_finetune.data.sampler import Progress, StepSampler
-from glm_finetune.ds_config import read_ds_file
+from glm_finetune.run.checkpoint import checkpoints as checkpoints_in
+from glm_finetune.run.ds_config import read_ds_file
 from glm_finetune.tuning import TRAIN_TYPE
 from glm_finetune.weights import iter_file
 from tests.ranks import run_ranks, train_arguments, train_main

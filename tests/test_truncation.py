@@ -7,8 +7,8 @@ from glm_finetune.config import TrainConfig
 from glm_finetune.data.dataset import InstructionDataset
 from glm_finetune.data.samples import Settings, settings_of
 from glm_finetune.flags import parse
-from glm_finetune.modes.form import FIXED, SOURCE, Draft, Form, newest_rounds
 from glm_finetune.modes.spec import TRUNCATIONS, Limits
+from glm_finetune.modes.template import FIXED, SOURCE, Draft, Form, newest_rounds
 from tests.refusal import refused
 from tests.test_bad_input import NEEDED
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from glm_finetune.data.report import Report
-from glm_finetune.loss import IGNORE
+from glm_finetune.models.loss import IGNORE
 
 # The arrays of prepared samples. N rows of the data set, which are S different samples, of T tokens together.
 COLUMNS = {

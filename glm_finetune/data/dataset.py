@@ -22,7 +22,7 @@ from glm_finetune.data.report import NUM_SHOWN
 from glm_finetune.data.samples import Settings, check_limits
 from glm_finetune.data.stream import Stream
 from glm_finetune.errors import UserError
-from glm_finetune.loss import IGNORE, target_index
+from glm_finetune.models.loss import IGNORE, target_index
 from glm_finetune.modes.spec import Limits
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -161,6 +161,11 @@ def segment_bounds(segment_ids):
     """Where segments (padding is one too) begin in the flattened rows, and their end. (B, T) -> (S + 1,) int32."""
     begins = F.pad(segment_ids.diff(dim=1) != 0, (1, 0), value=True)
     return F.pad(begins.flatten().nonzero()[:, 0], (0, 1), value=segment_ids.numel()).int()
+
+
+def to_device(batch, device):
+    """A batch of `collate` on `device`."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def without_targets(row):

@@ -30,7 +30,7 @@ from glm_finetune.data.files import Source, occurrences
 from glm_finetune.data.report import Report
 from glm_finetune.data.samples import drafts_of, of_source, prepare_row
 from glm_finetune.errors import UserError
-from glm_finetune.modes.form import ANSWER, SOURCE
+from glm_finetune.modes.template import ANSWER, SOURCE
 
 PENDING_PER_WORKER = 2
 SLOW_IMPORTS = ("torch", "transformers", "peft")  # what a worker would import again because the main script does

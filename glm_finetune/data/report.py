@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from glm_finetune.loss import IGNORE
+from glm_finetune.models.loss import IGNORE
 
 NUM_SHOWN = 5  # bad rows that an error lists
 PERCENTILES = (50, 90, 99)

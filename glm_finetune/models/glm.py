@@ -18,7 +18,6 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from glm_finetune.errors import UserError
-from glm_finetune.models.base import OriginalConfig, OriginalModel
 from glm_finetune.models.layers import (
     LanguageModelHead,
     PrefixEncoder,
@@ -28,6 +27,7 @@ from glm_finetune.models.layers import (
     visible,
     with_prefix_columns,
 )
+from glm_finetune.models.network import OriginalConfig, OriginalModel
 
 # The original builds its layers without passing num_layers on, so the residual factor is that of 28 layers for any
 # depth.

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from glm_finetune.models.base import OriginalConfig, OriginalModel, new_dropout
 from glm_finetune.models.layers import (
     LanguageModelHead,
     PrefixEncoder,
@@ -25,6 +24,7 @@ from glm_finetune.models.layers import (
     visible,
     with_prefix_columns,
 )
+from glm_finetune.models.network import OriginalConfig, OriginalModel, new_dropout
 
 
 class ChatGLM2Config(OriginalConfig):

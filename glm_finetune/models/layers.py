@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
-from glm_finetune.loss import target_index, token_loss_sum, wrapped_head_loss_sum
+from glm_finetune.models.loss import target_index, token_loss_sum, wrapped_head_loss_sum
 
 
 def visible(segment_ids, is_prefix, num_queries):

@@ -13,8 +13,8 @@ import torch
 
 from glm_finetune.data.dataset import original_dataset
 from glm_finetune.models.glm import ChatGLMConfig, ChatGLMForConditionalGeneration
-from glm_finetune.modes.form import ANSWER, FIXED, SOURCE, Draft, Form
 from glm_finetune.modes.spec import Mode, finish_pair, split_turns
+from glm_finetune.modes.template import ANSWER, FIXED, SOURCE, Draft, Form
 from glm_finetune.modes.tokenizer import ChatGLMTokenizer
 
 # Full-width forms that the model writes as ASCII (its tokenizer folds them); restored next to Chinese characters.

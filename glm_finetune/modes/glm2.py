@@ -11,8 +11,8 @@ import torch
 
 from glm_finetune.data.dataset import original_dataset
 from glm_finetune.models.glm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration
-from glm_finetune.modes.form import ANSWER, FIXED, SOURCE, Draft, Form
 from glm_finetune.modes.spec import Mode, finish_pair, split_turns
+from glm_finetune.modes.template import ANSWER, FIXED, SOURCE, Draft, Form
 from glm_finetune.modes.tokenizer import ChatGLM2Tokenizer
 
 TINY_CONFIG = dict(

@@ -12,9 +12,9 @@ from functools import partial
 from glm_finetune.data.dataset import original_dataset
 from glm_finetune.errors import UserError
 from glm_finetune.models.glm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration
-from glm_finetune.modes.form import ANSWER, FIXED, SOURCE, Draft, Form
 from glm_finetune.modes.glm2 import TINY_CONFIG, positions
 from glm_finetune.modes.spec import Mode
+from glm_finetune.modes.template import ANSWER, FIXED, SOURCE, Draft, Form
 from glm_finetune.modes.tokenizer import ChatGLM3Tokenizer
 
 ROLES = ("system", "user", "assistant", "observation")

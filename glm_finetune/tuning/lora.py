@@ -11,8 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import nn
 
 from glm_finetune.errors import UserError
-from glm_finetune.optim import full_shape
-from glm_finetune.weights import iter_file, read_json
+from glm_finetune.weights import full_shape, iter_file, read_json
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 ALL_LINEAR = "all-linear"

@@ -5,6 +5,8 @@ lr_at(step, peak=1e-4, total=100, warmup=10, shape="linear", floor=0.1)
 
 import math
 
+from glm_finetune.weights import full_shape
+
 
 def num_warmup_steps(warmup_ratio, warmup_steps, total):
     """Steps of the warm-up: `warmup_steps`, or where that is None a share of all, rounded up."""
@@ -41,19 +43,3 @@ def parameter_groups(model, weight_decay, loraplus_ratio=None):
             groups.setdefault((decay, ratio), []).append(parameter)
     keys = sorted(groups, reverse=True)
     return [{"params": groups[key], "weight_decay": key[0], "lr_ratio": key[1]} for key in keys]
-
-
-def full_shape(parameter):
-    """Shape of a parameter, also when ZeRO-3 keeps only a part of it here."""
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
-def full_size(parameter):
-    """Number of elements of a parameter, also when ZeRO-3 keeps a part of it here or two are packed into a byte."""
-    state = getattr(parameter, "quant_state", None)
-    return full_shape(parameter).numel() if state is None else state.shape.numel()
-
-
-def full_bytes(parameter):
-    """Bytes of a parameter's weights, also when ZeRO-3 keeps a part of it here (scales of quantised ones excepted)."""
-    return full_shape(parameter).numel() * parameter.element_size()

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from glm_finetune.dist import from_main, print_main
 from glm_finetune.errors import UserError
-from glm_finetune.optim import parameter_groups
+from glm_finetune.run.optim import parameter_groups
 from glm_finetune.weights import OnDevice, is_finite
 
 

@@ -14,8 +14,8 @@ import torch
 
 from glm_finetune import dist
 from glm_finetune.data.sampler import Progress
-from glm_finetune.engine import whole
 from glm_finetune.errors import UserError
+from glm_finetune.run.engine import whole
 from glm_finetune.weights import (
     iter_file,
     read_json,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from glm_finetune.optim import full_shape
+from glm_finetune.weights import full_shape
 
 IGNORE = -100  # label of a position that is not a target
 MAX_LOGITS_BYTES = 128 * 2**20  # bound on one chunk's (rows, V) fp32 logits

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from glm_finetune.errors import UserError
-from glm_finetune.loss import IGNORE
+from glm_finetune.models.loss import IGNORE
 from glm_finetune.modes.spec import Rendered
 
 FIXED, SOURCE, ANSWER = range(3)  # kinds of parts. Limits.max_src_len counts SOURCE; what is left is ANSWER's

@@ -16,11 +16,12 @@ from itertools import chain
 from pathlib import Path
 from threading import Thread
 
-from glm_finetune import dist, state
+from glm_finetune import dist
 from glm_finetune.data.blocks import fingerprint
 from glm_finetune.data.cache import default_cache_dir
-from glm_finetune.engine import whole
 from glm_finetune.errors import UserError
+from glm_finetune.run import state
+from glm_finetune.run.engine import whole
 from glm_finetune.tuning.lora import exported
 from glm_finetune.tuning.ptuning import write_prefix
 from glm_finetune.weights import read_json, write_json, write_tensors, write_text

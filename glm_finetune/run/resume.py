@@ -5,9 +5,10 @@ folder = choose_resume(config, record)      # all ranks must call; None: begin a
 
 from pathlib import Path
 
-from glm_finetune import dist, state
-from glm_finetune.checkpoint import FORMAT_VERSION, RENDERING, checkpoints, damage, step_of
+from glm_finetune import dist
 from glm_finetune.errors import UserError
+from glm_finetune.run import state
+from glm_finetune.run.checkpoint import FORMAT_VERSION, RENDERING, checkpoints, damage, step_of
 from glm_finetune.weights import read_json
 
 

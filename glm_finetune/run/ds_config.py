@@ -11,7 +11,7 @@ from pathlib import Path
 from glm_finetune.errors import UserError, raise_together
 from glm_finetune.weights import read_json
 
-FOLDER = Path(__file__).parents[1] / "ds_configs"
+FOLDER = Path(__file__).parents[2] / "ds_configs"
 OURS = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",

@@ -1,0 +1,1 @@
+"""Asking a model: nothing here is needed for training."""

@@ -1,0 +1,1 @@
+"""Scores of answers: nothing here is needed for training."""

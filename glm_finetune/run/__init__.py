@@ -1,0 +1,1 @@
+"""One training run: engine, DeepSpeed configuration, optimizer, guard, log, checkpoints, resuming."""
