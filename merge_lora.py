@@ -20,7 +20,7 @@ from glm_finetune.answer.chat import chat_ids
 from glm_finetune.config import MergeConfig
 from glm_finetune.errors import UserError
 from glm_finetune.flags import parse
-from glm_finetune.models.network import DTYPE_NAMES, DTYPES
+from glm_finetune.models.original import DTYPE_NAMES, DTYPES
 from glm_finetune.weights import file_dtypes, iter_tensors, write_json
 
 PROMPTS = ("你好", "发动机水温高，风扇不转，是什么故障？", "Write a function that reverses a list.")

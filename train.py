@@ -75,7 +75,7 @@ def train(run):
             break
         losses = []
         for batch in batches:
-            loss = run.engine(**to_device(batch, run.device), num_targets=num_targets, use_cache=False).loss
+            loss = run.engine(**to_device(batch, run.device), use_cache=False).token_losses.sum() / num_targets
             # DeepSpeed divides by the micro-batches and averages over the ranks; both are undone.
             run.engine.backward(loss * (len(batches) * dist.world_size()))
             run.engine.step()  # the last one changes the weights, unless the gradient is not finite
@@ -128,7 +128,7 @@ def evaluate(run):
     for start in range(0, len(rows), size * world):
         part = [rows[i] for i in range(start + dist.rank(), min(start + size * world, len(rows)), world)]
         batch = to_device(run.collate(part or [without_targets(rows[0])]), run.device)
-        loss = run.engine(**batch, num_targets=1, use_cache=False).loss
+        loss = run.engine(**batch, use_cache=False).token_losses.sum()
         sums += torch.stack((loss.double(), (batch["labels"][:, 1:] != IGNORE).sum().double()))
     loss, targets = dist.sum_over_ranks(sums).tolist()
     run.engine.train()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glm_finetune.errors import UserError, raise_together, unknown_choice
-from glm_finetune.models.network import DTYPES
+from glm_finetune.models.original import DTYPES
 from glm_finetune.modes import MODE
 from glm_finetune.tuning.lora import load_adapter
 from glm_finetune.tuning.ptuning import is_prefix_folder, load_prefix

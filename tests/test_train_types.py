@@ -46,7 +46,7 @@ def mean_loss(model, mode, tokenizer, data_file):
     data = MODE[mode].dataset(data_file, tokenizer, max_len=128, max_src_len=64)
     samples = [{name: torch.tensor([row[name]]) for name in ("input_ids", "labels")} for row in data]
     with torch.no_grad():
-        return sum(model(**sample, num_targets=1, use_cache=False).loss.item() for sample in samples) / (
+        return sum(model(**sample, use_cache=False).token_losses.sum().item() for sample in samples) / (
             data.report.targets
         )
 

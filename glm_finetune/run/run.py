@@ -10,7 +10,7 @@ from glm_finetune.data.files import paths_of
 from glm_finetune.data.sampler import StepSampler
 from glm_finetune.data.samples import settings_of
 from glm_finetune.errors import UserError, raise_together, unknown_choice
-from glm_finetune.models.network import DTYPES
+from glm_finetune.models.original import DTYPES
 from glm_finetune.modes import MODE
 from glm_finetune.run import checkpoint
 from glm_finetune.run.engine import Partitioned
