@@ -106,6 +106,10 @@ def prefix_layout(input_ids, config, num_padding=None):
     Returns is_prefix (B, S) bool and position_ids (B, 2, S) int64.
     Raises ValueError for a row without <sop>, or without [gMASK] and [MASK].
     """
+    # tokens     q1 q2 [gMASK] <sop> a1 a2
+    # is_prefix   1  1    1      0    0  0
+    # place       0  1    2      2    2  2     where it stands in the question; an answer stands at its mask
+    # block       0  0    0      1    2  3     where it stands in the answer
     num_padding = input_ids.new_zeros(input_ids.shape[0]) if num_padding is None else num_padding
     start = _first(input_ids, config.bos_token_id)  # (B,)
     gmask, mask = _first(input_ids, config.gmask_token_id), _first(input_ids, config.mask_token_id)
@@ -143,6 +147,7 @@ def rotate(x, cos, sin):
 
     x: (B, H, T, E); cos, sin: (B, 1, T, 2, E / 4) in the dtype of x. Within a half, dimension i pairs with i + E / 4.
     """
+    # E = 8, dimensions 0 .. 7: the first position turns the pairs (0, 2) (1, 3), the second (4, 6) (5, 7)
     x = x.unflatten(-1, (2, 2, -1))  # (B, H, T, position, half, E / 4)
     low, high = x[..., 0, :], x[..., 1, :]
     return torch.stack((low * cos - high * sin, high * cos + low * sin), -2).flatten(-3)

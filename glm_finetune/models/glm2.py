@@ -111,6 +111,7 @@ def rotate(x, cos, sin):
 
     x: (B, heads, T, E); cos, sin: (B, 1, T, E / 4) in the dtype of x.
     """
+    # E = 8, dimensions 0 .. 7: the pairs (0, 1) and (2, 3) turn, 4 .. 7 pass through
     rotated, rest = x.chunk(2, -1)
     even, odd = rotated[..., 0::2], rotated[..., 1::2]  # (B, heads, T, E / 4)
     pairs = torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1)  # (B, heads, T, E / 4, 2)

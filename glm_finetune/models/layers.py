@@ -23,6 +23,8 @@ def visible(segment_ids, is_prefix, num_queries):
     is_prefix: (B, S) bool or None. The queries are the last `num_queries` of the S tokens.
     Returns (B, 1, T, S) bool, True = may be attended to.
     """
+    # segment_ids 0 0 0 1 1 -1, is_prefix 1 1 0 0 0 0 (ChatGLM-6B's first sample has a prefix of two tokens):
+    # tokens 0 and 1 see 0 1 | token 2 sees 0 1 2 | token 3 sees 3 | token 4 sees 3 4 | the padding sees itself.
     num_keys = segment_ids.shape[1]
     key_index = torch.arange(num_keys, device=segment_ids.device)
     sees = key_index <= key_index[-num_queries:, None]  # (T, S): causal
@@ -44,6 +46,7 @@ class Segments:
 
     def as_mask(self, num_rows):
         """The (B, 1, T, T) bool mask that it stands for."""
+        # bounds 0 2 3 5 of a row of five tokens -> ids 1 1 2 3 3
         num_tokens = self.bounds[-1]  # CPU-GPU sync
         place = torch.arange(num_tokens, device=self.bounds.device)
         ids = torch.searchsorted(self.bounds, place, right=True).view(num_rows, -1)  # (B, T)
@@ -102,6 +105,8 @@ def lay_out(x, bounds, num_shared):
 
     x: (B, K, P + T, E), P = num_shared -> (B * T + N * P, K, E).
     """
+    # One row s a b c d with a shared key s (P = 1) and bounds 0 2 4 becomes s a b s c d:
+    # ends 3 6, segment 0 0 0 1 1 1, token -1 0 1 1 2 3 (below its segment's begin, 0 or 2: it is the shared one).
     x = x.transpose(1, 2)  # (B, P + T, K, E)
     if not num_shared:
         return x.flatten(0, 1)

@@ -109,4 +109,6 @@ def target_index(labels):
     Position t of a row is listed when labels[row, t + 1] is a target. On a GPU this waits for the device (N must be
     known), so the collate function calls it on the CPU.
     """
+    # labels of one row  -100 -100 7 8: positions 1 and 2 predict them -> [1, 2]. A row's first label has no position
+    # before it and never counts.
     return (F.pad(labels[:, 1:], (0, 1), value=IGNORE) != IGNORE).flatten().nonzero()[:, 0]

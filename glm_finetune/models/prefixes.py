@@ -72,10 +72,11 @@ class PromptEncoder(nn.Module):
 
 def prefix_keys_values(transformer, config, batch_size, dtype):
     """The prefix of `new_prefix` as one (key, value) pair for each layer, each (B, K, P, E), not rotated."""
+    # What the encoder gives of one prefix token, at 2 layers: keys of layer 0, its values, keys of layer 1, its values.
     index = torch.arange(config.pre_seq_len, device=transformer.prefix_encoder.embedding.weight.device)
     prefix = transformer.prefix_encoder(index).to(dtype)  # (P, L * 2 * K * E)
     prefix = prefix.view(config.pre_seq_len, 2 * config.num_layers, config.num_kv_heads, -1)  # (P, 2L, K, E)
-    prefix = prefix.permute(1, 2, 0, 3)  # (2L, K, P, E): of layer 0 keys, values, of layer 1 keys, ...
+    prefix = prefix.permute(1, 2, 0, 3)  # (2L, K, P, E)
     prefix = transformer.dropout(prefix[:, None].expand(-1, batch_size, -1, -1, -1))  # (2L, B, K, P, E)
     return list(zip(prefix[0::2], prefix[1::2]))
 
@@ -128,6 +129,8 @@ def with_prompt(prompt, num_prompt, embedded, position_ids, mask):
     The prompt is causal in itself and does not see the text, so that it is the same for every sample, also for those
     that share a row and so share its prompt. Returns the three for P + T tokens.
     """
+    # P = 2 in front of the text a b: position_ids 0 1 become 0 1 2 3; p0 sees itself, p1 both, a and b see p0 p1 and
+    # what they saw before.
     if isinstance(mask, Segments):  # each of them would need a prompt in front of it, not the row one
         mask = mask.as_mask(embedded.shape[0])
     mask = with_prefix_columns(mask, num_prompt)
