@@ -25,6 +25,7 @@ from glm_finetune.data.sampler import Progress, StepSampler
 from glm_finetune.errors import raise_together
 from glm_finetune.flags import parse
 from glm_finetune.models.loss import IGNORE
+from glm_finetune.record import train_record
 from glm_finetune.run import checkpoint, engine, resume, state
 from glm_finetune.run.ds_config import precision_of, read_ds_file, resolve, stage_of
 from glm_finetune.run.guard import Guard
@@ -156,7 +157,7 @@ def build_and_train(config, mode, train_type, ds_config, precision, device):
     exits.forget_errors()
     engine.start(device)
     engine.check(ds_config)
-    record = checkpoint.train_record(config, train_type, tokenizer, dist.world_size())
+    record = train_record(config, train_type, tokenizer, dist.world_size())
     resume_from = resume.choose_resume(config, record)
     if resume_from and resume.is_complete(resume_from, config, sampler):
         return 0

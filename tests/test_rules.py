@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from glm_finetune.modes import MODE
+from glm_finetune.tuning import TRAIN_TYPE
+
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(
     [*ROOT.glob("*.py"), *ROOT.glob("glm_finetune/**/*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("benchmarks/*.py")]
 )
+LIBRARY = [path for path in SOURCES if path.parent == ROOT or path.is_relative_to(ROOT / "glm_finetune")]
 TESTS = sorted(ROOT.glob("tests/**/*.py"))
 
 # Who may import whom: a module may import those of lower levels, and those of its own level.
@@ -20,8 +24,8 @@ LEVELS = (
     ("errors", "config", "flags", "dist", "exits", "weights"),
     ("models",),
     ("modes", "tuning", "data"),
-    ("build",),
-    ("run", "answer", "evaluate"),
+    ("record", "build", "generator"),
+    ("run", "answer", "evaluate", "convert"),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
@@ -82,13 +86,69 @@ def test_deepspeed_is_imported_by_what_launches_or_saves_only():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_modes_and_train_types_are_asked_for_by_name_in_their_folders_only():
-    for path in SOURCES:
-        text = path.read_text(encoding="utf-8")
-        if path.parent.name != "modes":
-            assert not re.search(r"\bmode(\.name)?\s*(==|!=|in \()", text), path
-        if path.parent.name != "tuning":
-            assert not re.search(r"\btrain_type(\.name)?\s*(==|!=|in \()", text), path
+NAMED = re.compile(r"chatglm-?\d|codegeex|\bglm\d", re.IGNORECASE)  # inside a longer text, a pattern for one
+NOTHING = re.compile(r"(?!)")
+
+
+def for_people(node):
+    """Whether a node's texts are read by people only: docstrings, flags with help and default, error messages."""
+    called = isinstance(node, ast.Call) and getattr(node.func, "id", None) in ("flag", "print")
+    is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    return called or is_docstring or isinstance(node, ast.Raise)
+
+
+def within(source, condition):
+    """The ids of all nodes below those that meet `condition`."""
+    return {id(part) for node in ast.walk(source) if condition(node) for part in ast.walk(node)}
+
+
+def names_asked_for(source, names, pattern):
+    """String constants that are one of `names` or match `pattern`, except in what is for people."""
+    people = within(source, for_people)
+    trained = ast.Tuple | ast.arguments | ast.AnnAssign | ast.Compare  # "all" is also a value of --train_on
+    answers = within(source, lambda node: isinstance(node, trained) and "train_on" in ast.unparse(node))
+    texts = [part for part in ast.walk(source) if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+    return [
+        (part.lineno, part.value)
+        for part in texts
+        if (part.value in names or pattern.search(part.value))
+        and id(part) not in people
+        and not (part.value == "all" and id(part) in answers)
+    ]
+
+
+def asked_for_outside(path, source):
+    """What a file of the library asks for that only modes/ or only tuning/ may know."""
+    found = [] if path.parent.name == "tuning" else names_asked_for(source, {*TRAIN_TYPE}, NOTHING)
+    if path.parent.name == "modes":
+        return found
+    modules = [node.module or "" for node in ast.walk(source) if isinstance(node, ast.ImportFrom)]
+    imports = [name for name in modules if re.fullmatch(rf"glm_finetune\.modes\.({'|'.join(MODE)})", name)]
+    return found + imports + names_asked_for(source, {*MODE}, NAMED)
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: str(p.relative_to(ROOT)))
+def test_modes_and_train_types_are_asked_for_by_name_in_their_folders_only(path):
+    assert not asked_for_outside(path, tree(path))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'if mode == "glm": pass',
+        'if "glm3" in (config.mode, other): pass',
+        'fields = MODE["glm"].config.required_fields',
+        'match = re.search(r"chatglm([23])|(codegeex2)", name)',
+        'match mode.name:\n    case "glm2": pass',
+        'options = {"lora": 1, "x": 2}[config.train_type]',
+        'saves = train_type.name.startswith("qlora")',
+        "from glm_finetune.modes.glm3 import clean_response",
+        'def add(train_type="all"): pass',
+        'for name, allowed in (("train_type", ("all",)),): pass',
+    ],
+)
+def test_asking_for_a_mode_or_a_train_type_by_name_is_found(code):
+    assert asked_for_outside(ROOT / "glm_finetune/build.py", ast.parse(code))
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("ds_configs/*.json")), ids=lambda p: p.name)

@@ -29,20 +29,11 @@ class OriginalConfig(PreTrainedConfig):
 
     @classmethod
     def from_pretrained(cls, folder):
-        """Read `folder`/config.json.
-
-        Raises UserError if it is missing, not JSON, or of another architecture.
-        """
+        """Read `folder`/config.json. Raises UserError if it is missing, not JSON, or a field has a wrong type."""
         path = Path(folder) / "config.json"
         if not Path(folder).is_dir():
             raise UserError(f"{folder}: no such folder. Give the folder of a checkpoint on this machine.")
         fields = weights.read_json(path)
-        missing = [name for name in cls.required_fields if name not in fields]
-        if missing:
-            raise UserError(
-                f"{path}: not a configuration of this --mode: it has no {missing}. ChatGLM-6B is "
-                "--mode glm, ChatGLM2-6B and CodeGeeX2 are --mode glm2, ChatGLM3-6B is --mode glm3."
-            )
         cls._check_types(fields, path)
         config = cls(**fields)
         config.source = fields

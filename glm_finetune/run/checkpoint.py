@@ -3,10 +3,7 @@
 A checkpoint is written under a temporary name and renamed when complete; what a run needs to go on is `state`'s.
 """
 
-import dataclasses
 import fcntl
-import hashlib
-import importlib.metadata
 import math
 import os
 import re
@@ -17,31 +14,17 @@ from pathlib import Path
 from threading import Thread
 
 from glm_finetune import dist
-from glm_finetune.data.blocks import fingerprint
-from glm_finetune.data.cache import default_cache_dir
 from glm_finetune.errors import UserError
+from glm_finetune.record import describe, write_record
 from glm_finetune.run import state
 from glm_finetune.run.engine import whole
-from glm_finetune.tuning.lora import exported
+from glm_finetune.tuning.adapter import exported
 from glm_finetune.tuning.ptuning import write_prefix
 from glm_finetune.weights import read_json, write_json, write_tensors, write_text
 
-FORMAT_VERSION = 1
 TEMPORARY = "tmp-"
 MANIFEST = "manifest.json"
 CHECKPOINT = r"epoch-\d+-step-\d+"  # name of its folder
-RENDERING = {  # flags that change the samples of the same data, with what checkpoints without them did
-    "is_skip": False,
-    "truncation": "tail",
-    "end_cut_answers": True,
-    "data_format": None,
-    "columns": None,
-    "prompt_text": None,
-    "template": "train",
-    "train_on": "all",
-    "on_bad_row": "stop",
-}
-PACKAGES = ("torch", "transformers", "peft", "deepspeed", "sentencepiece")
 
 
 def check_output_dir(output_dir, overwrite, inputs=()):
@@ -91,40 +74,6 @@ def _is_result(path):
     )
 
 
-def train_record(config, train_type, tokenizer, world_size):
-    """What train_config.json holds besides epoch and step: enough to know the run and to find its base."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "mode": config.mode,
-        "train_type": config.train_type,
-        "template": config.template,
-        "saves": train_type.saves,
-        "base": config.model_name_or_path,
-        "base_absolute": os.path.abspath(config.model_name_or_path),
-        "world_size": world_size,
-        "identity": {
-            "training data": fingerprint(config.train_path, config.cache_dir or default_cache_dir())[:16],
-            "tokenizer": describe(tokenizer.folder / tokenizer.model_file)["sha256"][:16],
-            "base": describe(Path(config.model_name_or_path) / "config.json")["sha256"][:16],
-            "max_len": config.max_len,
-            "max_src_len": config.max_src_len,
-            **{name: getattr(config, name) for name in RENDERING},
-            "seed": config.seed,
-            **{name: getattr(config, name) for name in train_type.identity},
-            **order_flags(config),
-        },
-        "flags": dataclasses.asdict(config),
-        "given": sorted(config.given),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-    }
-
-
-def order_flags(config):
-    """{flag: value} of those that are set and decide the order of the data."""
-    names = ("group_by_length", "streaming", "shuffle_buffer")
-    return {name: getattr(config, name) for name in names if getattr(config, name)}
-
-
 def gathered(model, trainable_only):
     """Yield (name, whole tensor on the CPU), one at a time. All ranks must call and exhaust it."""
     for name, parameter in model.named_parameters():
@@ -140,7 +89,7 @@ class Saver:
     """
 
     def __init__(self, engine, tokenizer, train_type, config, record, lock, best=None):
-        """record: `train_record`. lock: of `lock`, held as long as this lives. best: of an earlier run."""
+        """record: `record.train_record`. lock: of `lock`, held as long as this lives. best: of an earlier run."""
         self.engine, self.tokenizer, self.train_type, self.config = engine, tokenizer, train_type, config
         self.record, self.best = record, best
         self.lock, self.thread, self.problem, self.newest = lock, None, None, None
@@ -204,7 +153,7 @@ class Saver:
             shutil.rmtree(temporary, ignore_errors=True)
             _write_model(self.engine.module, self.tokenizer, self.train_type, temporary, weights)
             state.write(temporary / state.FOLDER, tensors, randoms, numbers)
-            write_json(record, temporary / "train_config.json")
+            write_record(record, temporary)
             write_manifest(temporary)
             if target.is_dir():
                 shutil.rmtree(target)  # damaged: see `_there`
@@ -291,12 +240,6 @@ def write_manifest(folder):
     """manifest.json: size and SHA-256 of every file of a checkpoint, the last file to be written."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     write_json({str(path.relative_to(folder)): describe(path) for path in files}, folder / MANIFEST)
-
-
-def describe(path):
-    """Size in bytes and SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def damage(folder):
