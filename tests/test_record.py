@@ -57,11 +57,8 @@ def test_a_merged_folder_is_asked_like_its_adapter(name, data, tmp_path, answers
     expected, _ = answers(adapter)
     assert answers(tmp_path / "merged") == (expected, False)
     before = read_json(adapter / record.FILE)
-    assert {**before, **read_json(tmp_path / "merged" / record.FILE)} == {
-        **before,
-        "saves": "weights",
-        "merged_from": str(adapter),
-    }
+    merged = read_json(tmp_path / "merged" / record.FILE)
+    assert merged == {**before, "saves": "weights", "merged_from": str(adapter)}
     default = TrainConfig.__dataclass_fields__[name].default
     write_json({**before, name: default, "flags": {**before["flags"], name: default}}, adapter / record.FILE)
     assert answers(adapter)[0] != expected and answers(adapter, f"--{name}", PROMPT[name])[0] == expected
