@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from glm_finetune.modes import MODE
 from glm_finetune.tuning import TRAIN_TYPE
+from tests.ranks import train_arguments
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(
@@ -69,6 +71,37 @@ def test_modules_import_only_what_lies_below_them():
                 assert LEVEL_OF[other] <= LEVEL_OF[parts[0]], f"{path.name} imports {name}"
 
 
+ROOMS = ("answer", "evaluate", "convert")
+
+
+@pytest.mark.parametrize(
+    "script, strangers", [("train", ROOMS), ("predict", ("run", "convert")), ("merge_lora", ("run", *ROOMS[:2]))]
+)
+def test_scripts_import_only_the_rooms_they_need(script, strangers):
+    code = f"import sys, {script}; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not [name for name in run.stdout.split() for other in strangers if name == f"glm_finetune.{other}"]
+
+
+@pytest.mark.slow
+def test_training_works_without_the_rooms_that_it_does_not_need(checkpoints, data_file, tmp_path):
+    for name in subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split():
+        if name.endswith((".py", ".json")) and not name.startswith(
+            ("tests/", *(f"glm_finetune/{room}/" for room in ROOMS))
+        ):
+            (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, tmp_path / "tree" / name)
+    arguments = train_arguments("glm3", "lora", checkpoints["glm3"], data_file, tmp_path / "out", max_steps=2)
+    run = subprocess.run(
+        [sys.executable, "train.py", *arguments], cwd=tmp_path / "tree", capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert (tmp_path / "out/epoch-1-step-2/adapter_model.safetensors").is_file()
+    assert not any((tmp_path / "tree/glm_finetune" / room).exists() for room in ROOMS)
+
+
 def test_models_know_no_flags_no_tokenizer_and_no_deepspeed():
     for path in ROOT.glob("glm_finetune/models/*.py"):
         assert not [
@@ -87,7 +120,6 @@ def test_deepspeed_is_imported_by_what_launches_or_saves_only():
 
 
 NAMED = re.compile(r"chatglm-?\d|codegeex|\bglm\d", re.IGNORECASE)  # inside a longer text, a pattern for one
-NOTHING = re.compile(r"(?!)")
 
 
 def for_people(node):
@@ -102,7 +134,7 @@ def within(source, condition):
     return {id(part) for node in ast.walk(source) if condition(node) for part in ast.walk(node)}
 
 
-def names_asked_for(source, names, pattern):
+def names_asked_for(source, names, pattern=None):
     """String constants that are one of `names` or match `pattern`, except in what is for people."""
     people = within(source, for_people)
     trained = ast.Tuple | ast.arguments | ast.AnnAssign | ast.Compare  # "all" is also a value of --train_on
@@ -111,7 +143,7 @@ def names_asked_for(source, names, pattern):
     return [
         (part.lineno, part.value)
         for part in texts
-        if (part.value in names or pattern.search(part.value))
+        if (part.value in names or (pattern and pattern.search(part.value)))
         and id(part) not in people
         and not (part.value == "all" and id(part) in answers)
     ]
@@ -119,7 +151,7 @@ def names_asked_for(source, names, pattern):
 
 def asked_for_outside(path, source):
     """What a file of the library asks for that only modes/ or only tuning/ may know."""
-    found = [] if path.parent.name == "tuning" else names_asked_for(source, {*TRAIN_TYPE}, NOTHING)
+    found = [] if path.parent.name == "tuning" else names_asked_for(source, {*TRAIN_TYPE})
     if path.parent.name == "modes":
         return found
     modules = [node.module or "" for node in ast.walk(source) if isinstance(node, ast.ImportFrom)]

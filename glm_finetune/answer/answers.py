@@ -10,6 +10,7 @@ Never written over: the questions, and answers to others.
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 
 from glm_finetune.data.files import paths_of
@@ -72,11 +73,12 @@ def check_output(path, test_path):
 
     --test_path questions      # a folder with a.jsonl: questions/out.jsonl would be asked the next time
     """
+    text = str(test_path)
     inputs = [Path(name.partition("#")[0]) for name in paths_of(test_path)]  # behind #: the split of a saved data set
     for output in (path, settings_path(path)):
         if any(there.exists() and output.exists() and output.samefile(there) for there in inputs):
             raise UserError(f"--output_path {path} is the file of --test_path: give another one.")
-    folders = [Path(part.strip()) for part in (str(test_path), *str(test_path).split(","))]
+    folders = [Path(part.strip()) for part in (text, *re.sub(r":-?[\d.]+(?=,|$)", "", text).split(","))]
     parents = path.resolve().parents
     if any(there.is_dir() and there.resolve() == parents[0] for there in folders) or any(
         there.is_dir() and there.resolve() in parents for there in inputs
