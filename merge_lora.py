@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from glm_finetune import build, exits
-from glm_finetune.config import MergeConfig
+from glm_finetune.convert.flags import MergeConfig
 from glm_finetune.convert.merge import merge
 from glm_finetune.errors import UserError
 from glm_finetune.flags import parse

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from glm_finetune import build, dist, exits
 from glm_finetune.answer import answers
 from glm_finetune.answer.chat import converse
-from glm_finetune.config import MIN_PROMPT, PredictConfig
+from glm_finetune.answer.flags import MIN_PROMPT, PredictConfig
 from glm_finetune.data.samples import read_questions
 from glm_finetune.errors import UserError
 from glm_finetune.evaluate.metrics import triple_scores

@@ -16,7 +16,7 @@ from benchmarks.train_types import TYPES  # noqa: E402 (the repository is not in
 from benchmarks.zero3_loading import shape  # noqa: E402
 from glm_finetune.config import TrainConfig  # noqa: E402
 from glm_finetune.flags import parse  # noqa: E402
-from glm_finetune.run.run import choose  # noqa: E402
+from glm_finetune.run.parts import choose  # noqa: E402
 
 SAME_AS = {"pissa": 2, "qlora 4": 1, "qlora 8": 1}  # the size of the adapter in those of lora
 STATE_BYTES = 12  # an fp32 master and two fp32 moments

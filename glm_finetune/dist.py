@@ -1,7 +1,11 @@
-"""Ranks and devices: who am I, sums over all ranks, seeds. Works without a launcher and without DeepSpeed."""
+"""Ranks and devices: who am I, sums over all ranks, seeds. Works without a launcher and without DeepSpeed.
+
+The only file that reads what launchers set in the environment.
+"""
 
 import os
 import random
+import socket
 
 import numpy
 import torch
@@ -18,9 +22,39 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def launched():
+    """(rank, world size) as the launcher set them, also before the ranks have joined; (0, 1) without a launcher."""
+    return tuple(int(value) if value.isdecimal() else 0 for value in map(os.environ.get, ("RANK", "WORLD_SIZE"), "01"))
+
+
+def launch_environment():
+    """What launchers set, for a plain `python train.py`: one process, a free port. Called before anything is started.
+
+    Raises UserError for a launcher that set a part of it, or numbers that do not go together.
+    """
+    os.environ.update({} if "RANK" in os.environ else {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
+    rank, world_size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    needed = ("WORLD_SIZE",) if world_size in ("", "1") else ("MASTER_ADDR", "MASTER_PORT")
+    missing = ", ".join(name for name in needed if not os.environ.get(name))
+    if missing or not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
+        raise UserError(
+            f"RANK={rank} is set in the environment, WORLD_SIZE={world_size or 'unset'}"
+            + (f", without {missing}" if missing else ", which do not go together")
+            + ". Start train.py with deepspeed or torchrun, or give each process RANK, LOCAL_RANK, WORLD_SIZE, "
+            "MASTER_ADDR and MASTER_PORT (mpirun gives other names); for a single process unset RANK."
+        )
+    os.environ.setdefault("LOCAL_RANK", rank)
+    if world_size == "1":
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        for name, value in {"LOCAL_SIZE": "1", "LOCAL_WORLD_SIZE": "1", **alone}.items():
+            os.environ.setdefault(name, value)
+
+
 def is_main():
     """Whether this is rank 0 of all nodes."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return launched()[0] == 0
 
 
 def print_main(*values):
@@ -37,12 +71,11 @@ def sum_over_ranks(tensor):
 
 
 def sums_over_ranks(values, device):
-    """Sums of Python or tensor scalars over all ranks, as floats (exact for whole numbers). All ranks must call.
+    """Sums of Python numbers over all ranks, as floats (exact for whole numbers). All ranks must call.
 
     CPU-GPU sync.
     """
-    values = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
-    return sum_over_ranks(values).tolist()
+    return sum_over_ranks(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
 
 
 def barrier():

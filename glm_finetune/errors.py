@@ -12,7 +12,11 @@ class UserError(ValueError):
 
 
 class NotFinite(UserError, FloatingPointError):
-    """Loss, gradient or weights are inf or nan, or nothing is learnt."""
+    """Loss, gradient or weights are inf or nan, or there is nothing to learn."""
+
+
+class StandsStill(NotFinite):
+    """Nothing is learnt any more. The weights are whole and worth saving."""
 
 
 class NotWritten(UserError, OSError):

@@ -1,22 +1,9 @@
-"""How a script ends: a UserError as one message, SIGTERM with a save, a lost rank with its own words last.
+"""How a script ends: a UserError as one message, a bug with its traceback, a lost rank with the other's words last.
 
-with stop_request() as stop: ...       # stop.requested is True after SIGTERM or SIGUSR1
 exit_with_message(main)
 
-A rank ends with 0 when the run is complete, 75 when it saved because it was asked to stop, 2 for the user's fault, 1
-for any other error and when it lost the other ranks. What launchers make of it (DeepSpeed 0.19.8, torch 2.13.0, held
-by tests/test_interruptions.py):
-
-SIGTERM to       deepspeed                                             torchrun
-a rank, or all   ends with 75                                          ends with 1; its report has "exitcode : 75"
-the launcher     ends with 143 at once and tells nobody; the ranks     passes it on, waits, ends with 1
-                 notice that it is gone, save and end
-
-A launcher that passes the signal on, or that sees a rank end, kills what is left after 30 seconds; ranks that get it
-from elsewhere have the time they need for their step, the evaluation of a save that is under way, and the save. Asked
-before the first step, while the model is read, a rank ends at once by the signal: there is nothing to save. So a script
-that wants the 75 signals the ranks (run_scripts/glm3_lora_preemptible_1card.sh); one that cannot starts again with
---resume auto whatever the code was, until it is 0.
+A script ends with 0 when all is done, 2 for the user's fault, 1 for any other error and when a rank lost the others; a
+training run also with 75, see `run.stop`.
 """
 
 import errno
@@ -24,26 +11,26 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import nullcontext, suppress
 
-import torch
 from tqdm import tqdm
 
 from glm_finetune import dist
-from glm_finetune.errors import OutOfMemory, UserError
+from glm_finetune.errors import UserError
 
-RESUME_ME = 75  # exit code of a run that saved and stopped when it was asked to (EX_TEMPFAIL of sysexits.h)
 # What gloo, nccl and the store of torch.distributed say when a rank is gone; each was seen, or is in their libraries.
 LOST = (
     r"connection (was )?(likely )?(closed|reset|refused|timed out)|closed the connection|socket (unexpectedly )?closed|"
     r"broken pipe|timed? ?out|connectFullMesh failed|remote process"
 )
+SAME_SECS = 1  # within which ranks fail together
+ALONE_SECS = 3
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)  # of OSErrors: no bug
 KILLED = (
     "a rank ended without a word. It was killed, most often by the system for lack of memory (dmesg | tail tells); "
@@ -51,52 +38,12 @@ KILLED = (
 )
 
 
-class StopRequest:
-    """Whether somebody asked the run to stop: by a signal, or by ending the launcher above it.
-
-    DeepSpeed's `deepspeed` dies of SIGTERM and passes it to nobody; its ranks would train on without it.
-    """
-
-    def __init__(self):
-        self.signalled, self.launchers = False, _launchers()
-
-    def note(self, signum, frame):
-        self.signalled = True
-
-    @property
-    def requested(self):
-        return self.signalled or _launchers() != self.launchers
-
-
-def _launchers():
-    """Process numbers of DeepSpeed's launcher and of what started it; () when this is not one of its ranks."""
-    parent = Path(f"/proc/{os.getppid()}")
-    try:
-        if b"deepspeed.launcher.launch" not in (parent / "cmdline").read_bytes():
-            return ()
-        return os.getppid(), int((parent / "stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return ()
-
-
-@contextmanager
-def stop_request():
-    """A StopRequest that notes SIGTERM and SIGUSR1 (what schedulers send before they take a machine away)."""
-    request = StopRequest()
-    before = {number: signal.signal(number, request.note) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def exit_with_message(main):
     """Run a script's main(), which may return an exit code; a UserError becomes a message and exit code 2.
 
-    Of several ranks that say the same, as they do before they have joined, the first speaks. Any other error keeps its
-    traceback, exit code 1. A rank that only lost the others says so, and one of these repeats the words of the rank
-    that failed, so that they come last. With GLM_FINETUNE_TRACEBACK=1 in the environment there is always a traceback.
+    Where rank 0 says the same, only it speaks. Any other error keeps its traceback, exit code 1. A rank that only lost
+    the others says so, and one of these repeats the words of the rank that failed, so that they come last. With
+    GLM_FINETUNE_TRACEBACK=1 in the environment there is always a traceback.
     """
     try:
         code = main()
@@ -125,74 +72,71 @@ def exit_with_message(main):
         sys.exit(code)
 
 
+def share_words():
+    """Open a file in which the ranks of a machine leave their last words for one another. All ranks must call.
+
+    It has no name once all have opened it, so that nothing is left of it however they end.
+    """
+    local = os.environ.get("LOCAL_RANK") == "0"
+    with tempfile.NamedTemporaryFile() if local else nullcontext() as file:
+        names = dist.gather_objects((socket.gethostname(), file and file.name))
+        name = next((name for host, name in names if host == socket.gethostname() and name), os.devnull)
+        _words.append(open(name, "a+", encoding="utf-8"))  # noqa: SIM115 (until the process ends)
+        dist.barrier()
+
+
+_words = []  # the file of `share_words`, once there is one
+
+
+def _remember(words):
+    """Leave words, or None for a rank that lost the others; returns [[rank, words, time]] of all so far, in order."""
+    with suppress(OSError):  # a full disk must not hide the error that is to be told
+        for file in _words[-1:]:
+            file.write(json.dumps([dist.launched()[0], words, time.monotonic()]) + "\n")
+            file.flush()
+    return _remembered()
+
+
+def _remembered():
+    with suppress(OSError, ValueError):  # one may be half written
+        for file in _words[-1:]:
+            return [json.loads(line) for line in os.pread(file.fileno(), 2**20, 0).decode().splitlines()]
+    return []
+
+
 def _say(text):
-    """The words of a rank that fails, unless one before it says the same."""
-    if not _among_others():
-        print(f"error: {text}", file=sys.stderr, flush=True)
-        return
-    _finish_undisturbed()
-    _remember(text)
-    if not dist.is_main():
-        time.sleep(0.5)  # launchers stop all ranks at the first exit: let rank 0 speak before
-    if not any(words == text and rank < _rank() for rank, words in _remembered()):
-        print("error" if dist.is_main() else f"error on rank {_rank()}", text, sep=": ", file=sys.stderr, flush=True)
+    """The words of a rank that fails; of those that say the same together, only rank 0's."""
+    rank, world_size = dist.launched()
+    if world_size > 1 and _words:
+        _finish_undisturbed()
+        _remember(text)
+        end = time.monotonic() + SAME_SECS
+        while rank and time.monotonic() < end:
+            if [0, text] in [entry[:2] for entry in _remembered()]:
+                return
+            time.sleep(0.01)
+    elif rank:  # before they have joined all ranks check the same: the launcher ends this one when rank 0 has spoken
+        time.sleep(ALONE_SECS)
+    print("error" if rank == 0 else f"error on rank {rank}", text, sep=": ", file=sys.stderr, flush=True)
 
 
 def _say_lost(error):
-    """The words of a rank that only lost the others; the first of these also repeats those of the rank that failed."""
+    """The words of a rank that only lost the others; repeats those of the rank that failed unless another does."""
     _finish_undisturbed()
-    _remember(None)
-    time.sleep(1)  # the rank that failed may still be writing
     first_line = str(error).strip().splitlines()[0][:200]
-    print(f"\nrank {_rank()} lost the others: {first_line}", file=sys.stderr, flush=True)
-    remembered = _remembered()
-    if any(words is None and rank < _rank() for rank, words in remembered):
-        return
-    time.sleep(0.5)
-    causes = [f"rank {rank}: {words}" for rank, words in remembered if words is not None] or [KILLED]
-    print(f"error: {causes[0]}", file=sys.stderr, flush=True)
-
-
-def _rank():
-    return int(os.environ.get("RANK", 0))
-
-
-def _among_others():
-    """Whether there are other ranks, also before they have joined and after they have parted."""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+    print(f"\nrank {dist.rank()} lost the others: {first_line}", file=sys.stderr, flush=True)
+    told = _remember(None)
+    causes = [f"rank {rank}: {words}" for rank, words, _ in told if words is not None] or [KILLED]
+    lost = [(rank, at) for rank, words, at in told if words is None]
+    if not lost or (lost[0][0] == dist.launched()[0] or lost[-1][1] - lost[0][1] > SAME_SECS):
+        time.sleep(SAME_SECS)  # others lose the rest now
+        print(f"error: {causes[0]}", file=sys.stderr, flush=True)
 
 
 def _finish_undisturbed():
     """Ignore SIGTERM: launchers send it to the rest when a rank has ended, which may still be speaking or writing."""
-    if _among_others():
+    if dist.launched()[1] > 1:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _memory():
-    """The file in which the ranks of this machine and launch leave their words: a line [rank, words or null] each."""
-    name = f"glm-finetune-{os.getuid()}-{os.getppid()}-{os.environ.get('MASTER_PORT', 0)}.error"
-    return Path(tempfile.gettempdir()) / name
-
-
-def _remember(words):
-    with suppress(OSError):  # a full disk must not hide the error that is to be told
-        file = os.open(_memory(), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        os.write(file, (json.dumps([_rank(), words]) + "\n").encode())
-        os.close(file)
-
-
-def _remembered():
-    """[(rank, words)] of this launch, those that failed first at the front."""
-    with suppress(OSError):
-        return [json.loads(line) for line in _memory().read_text(encoding="utf-8").splitlines()]
-    return []
-
-
-def forget_errors():
-    """Remove what an earlier launch may have left under the same name. Called at the start, on rank 0."""
-    if dist.is_main():
-        with suppress(OSError):
-            _memory().unlink()
 
 
 def _leave(code):
@@ -205,38 +149,3 @@ def _leave(code):
                 thread.join()
         os._exit(code)
     sys.exit(code)
-
-
-@contextmanager
-def memory_advice(config, zero, quantized):
-    """Turn running out of memory into an OutOfMemory with the flags that would help, in order.
-
-    config: TrainConfig; zero: the zero_optimization section of the DeepSpeed configuration; quantized: the base is.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        tips = "".join(f"\n  {i}. {tip}" for i, tip in enumerate(_tips(config, zero, quantized), 1))
-        reason = str(error).strip().splitlines()[0][:300]
-        raise OutOfMemory(f"out of memory on rank {dist.rank()} ({reason}). What would help, in order:{tips}") from None
-
-
-def _tips(config, zero, quantized):
-    batch, accumulate = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    if batch > 1:
-        yield (
-            f"--per_device_train_batch_size {batch // 2} --gradient_accumulation_steps {accumulate * 2} "
-            "(the same steps, the same loss)"
-        )
-    if not config.gradient_checkpointing:
-        yield "--gradient_checkpointing (the same loss, a third slower)"
-    if dist.world_size() > 1 and zero["stage"] < 3:
-        yield "--ds_file ds_zero3_no_offload.json (weights divided among the cards, the same loss)"
-    if zero.get("offload_optimizer", {}).get("device", "none") == "none":
-        stage = 3 if zero["stage"] == 3 else 2
-        yield f"--ds_file ds_zero{stage}_offload.json (optimizer in host memory, the same loss)"
-    yield f"--max_len below {config.max_len} (longer samples are cut)"
-    if not quantized:
-        yield "--train_type qlora (LoRA on a base in 4 bit)"

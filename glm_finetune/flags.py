@@ -11,7 +11,7 @@ import json
 import math
 import types
 import typing
-from dataclasses import field
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 
 from glm_finetune.errors import UserError, raise_together
@@ -22,6 +22,34 @@ NOT_FROM_RECORD = ("config", "resume", "force", "overwrite_output_dir", "local_r
 def flag(help, default=dataclasses.MISSING, group=None):
     """A dataclass field with what `--help` says of it. group: heading of this flag and those after it."""
     return field(default=default, metadata={"help": help, "group": group})
+
+
+@dataclass(kw_only=True)
+class Flags:
+    """What every class of flags has. given: names of those that were set."""
+
+    given: InitVar[frozenset] = frozenset()
+
+    def __post_init__(self, given):
+        self.given = given
+
+    def problems(self):
+        """Everything wrong with these flags, one line each."""
+        return ()
+
+
+def not_positive(config, *names):
+    """Yield a problem for each number that is set and not above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            yield f"--{name} {value}: must be above 0."
+
+
+def bad_seed(seed):
+    """Yield a problem unless numpy and torch both take the seed."""
+    if not 0 <= seed < 2**32:
+        yield f"--seed {seed}: must be between 0 and {2**32 - 1}."
 
 
 def parse(config_class, arguments, description=None):
@@ -41,8 +69,7 @@ def parse(config_class, arguments, description=None):
         if item.default is dataclasses.MISSING and not values.get(name):
             problems.append(f"--{name} must be given: {item.metadata['help']}.")
             values[name] = ""
-    config = config_class(**values)
-    config.given = frozenset(given)
+    config = config_class(**values, given=frozenset(given))
     raise_together([*problems, *config.problems()])
     return config
 

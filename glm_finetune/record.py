@@ -13,9 +13,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from glm_finetune.config import DataFlags
 from glm_finetune.data.blocks import fingerprint
 from glm_finetune.data.cache import default_cache_dir
+from glm_finetune.data.flags import DataFlags
 from glm_finetune.weights import read_json, write_json
 
 FILE = "train_config.json"

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from glm_finetune.errors import NotWritten, UserError
+from glm_finetune.errors import NotWritten, OutOfMemory, UserError
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -90,11 +90,21 @@ def iter_file(path):
             f"{path}: refused, it does not hold plain tensors. It is damaged, a git-lfs pointer (then: "
             "git lfs pull), or a pickle with objects in it, which could run any code."
         ) from None
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+    except (SafetensorError, RuntimeError, EOFError, OSError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory(
+                f"{path}: out of host memory while reading it ({_first_line(error)}). Close other programs, start "
+                "fewer processes on this machine, or use one with more memory."
+            ) from error
         raise UserError(
             f"{path}: the file is damaged or not a weight file ({_first_line(error)}). Copy it again and "
             "compare its size with the source; some hundred bytes are a git-lfs pointer: git lfs pull."
         ) from error
+
+
+def is_out_of_memory(error):
+    """Whether an error says that the host could not allocate memory: torch has no class for it."""
+    return isinstance(error, MemoryError) or "allocate memory" in str(error)
 
 
 def tensor_files(folder):
@@ -140,7 +150,7 @@ def _iter_bin(path):
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError as error:
-        if "mmap" not in str(error):
+        if "mmap" not in str(error) or is_out_of_memory(error):
             raise
         tensors = torch.load(path, map_location="cpu", weights_only=True)  # a file of torch < 1.6
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):

@@ -12,6 +12,7 @@ from tests.ranks import Job, run_ranks, train_arguments
 from tests.tiny import make_checkpoint
 
 DATA = Path(__file__).parents[1] / "data"
+EVERY_STEP = dict(num_train_epochs=2, save_model_step=1)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -133,3 +134,25 @@ def start(tmp_path):
     yield start
     for job in jobs:
         job.kill()
+
+
+def finished(arguments, output_dir, log, **flags):
+    """The folder of a run that nothing disturbed."""
+    job = Job(arguments(output_dir, **flags), log)
+    assert job.exit_codes() == [0, 0], job.printed()
+    return output_dir
+
+
+@pytest.fixture(scope="session")
+def every_step(arguments, tmp_path_factory):
+    """Function: train type, DeepSpeed file -> folder of a run of 12 steps, saved after each."""
+    runs = {}
+
+    def run(train_type="lora", ds_file=None):
+        if (train_type, ds_file) not in runs:
+            root = tmp_path_factory.mktemp("every-step")
+            flags = EVERY_STEP | ({"ds_file": ds_file} if ds_file else {})
+            runs[train_type, ds_file] = finished(arguments, root / "out", root / "log", train_type=train_type, **flags)
+        return runs[train_type, ds_file]
+
+    return run

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from glm_finetune import MODE, build, weights
 from glm_finetune.config import TrainConfig
 from glm_finetune.flags import parse
-from glm_finetune.run.run import choose
+from glm_finetune.run.parts import choose
 from tests.refusal import cut, json_fields, refused, remove, write
 from tests.tiny import tokenizer_model
 
@@ -165,6 +165,19 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(damaged, tmp_p
 @pytest.mark.parametrize("mode, under", [(a, b) for a in MODE for b in MODE if a != b])
 def test_a_checkpoint_under_another_mode_is_refused(damaged, mode, under):
     refused(lambda: damaged(mode, lambda folder: None, under), "base", f"--mode {under}")
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+@pytest.mark.parametrize("error", [RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), MemoryError("9")])
+def test_a_host_without_memory_is_no_damaged_file(error, ending, damaged, monkeypatch):
+    def full(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(weights, "read_tensor", full)
+    monkeypatch.setattr(torch, "load", full)
+    damage = shards(ending, lambda folder: None)
+    message = refused(lambda: damaged("glm3", damage), f"part-0.{ending}: out of host memory while reading it")
+    assert "damaged" not in message
 
 
 # What is trained

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from glm_finetune import MODE, dist
-from glm_finetune.config import MergeConfig, PredictConfig, TrainConfig
+from glm_finetune.answer.flags import PredictConfig
+from glm_finetune.config import TrainConfig
+from glm_finetune.convert.flags import MergeConfig
 from glm_finetune.flags import parse
 from glm_finetune.run.ds_config import precision_of, read_ds_file, resolve
-from glm_finetune.run.run import choose
+from glm_finetune.run.parts import choose
 from tests.refusal import refused
 
 NEEDED = ["--model_name_or_path", "base", "--train_path", "data", "--output_dir", "out"]

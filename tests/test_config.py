@@ -2,14 +2,19 @@
 
 import dataclasses
 import json
+import os
+import shutil
 
 import pytest
 
-from glm_finetune.config import MergeConfig, PredictConfig, TrainConfig
+from glm_finetune import dist
+from glm_finetune.answer.flags import PredictConfig
+from glm_finetune.config import TrainConfig
+from glm_finetune.convert.flags import MergeConfig
 from glm_finetune.data.sampler import Progress, StepSampler
 from glm_finetune.flags import parse
 from glm_finetune.run.optim import lr_at, num_warmup_steps
-from glm_finetune.run.run import choose
+from glm_finetune.run.parts import choose
 from glm_finetune.tuning import TRAIN_TYPE, unused_flags
 from tests.refusal import refused
 from tests.test_training import run
@@ -166,6 +171,56 @@ def test_warmup_is_a_share_or_steps_but_not_both():
     assert parse(TrainConfig, [*arguments, "--warmup_steps", "0"]).warmup_steps == 0
     refused(lambda: parse(TrainConfig, [*arguments, "--warmup_steps", "3", "--warmup_ratio", "0.1"]), "give one")
     refused(lambda: parse(TrainConfig, [*arguments, "--warmup_steps", "-3"]), "--warmup_steps -3")
+
+
+def test_a_warmup_longer_than_the_run_is_refused_with_both_numbers(checkpoints, data_file, tmp_path):
+    arguments = [f"--{k}={v}" for k, v in NEEDED.items()]
+    refused(
+        lambda: parse(TrainConfig, [*arguments, "--warmup_steps", "100", "--max_steps", "10"]),
+        "--warmup_steps 100",
+        "10 steps",
+    )
+    assert parse(TrainConfig, [*arguments, "--warmup_steps", "10", "--max_steps", "10"]).warmup_steps == 10
+
+
+@pytest.mark.slow
+def test_a_warmup_longer_than_the_epochs_is_refused_before_the_model_is_read(checkpoints, data_file, tmp_path):
+    flags = dict(warmup_steps=4, num_train_epochs=1)  # 11 rows, 4 a step
+    base = shutil.copytree(checkpoints["glm3"], tmp_path / "base")
+    (base / "model.safetensors").write_bytes(b"not read")
+    with pytest.raises(RuntimeError, match="--warmup_steps 4: the run has 3 steps"):
+        run("glm3", "lora", {"glm3": base}, data_file, tmp_path / "out", 1, **flags)
+    assert not (tmp_path / "out").exists()
+
+
+# What launchers set
+
+LAUNCHED = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    "changes, parts",
+    [
+        ({"WORLD_SIZE": None}, ["RANK=1", "WORLD_SIZE=unset", "without WORLD_SIZE", "mpirun", "torchrun"]),
+        ({"MASTER_PORT": None}, ["without MASTER_PORT"]),
+        ({"MASTER_ADDR": "", "MASTER_PORT": None}, ["without MASTER_ADDR, MASTER_PORT"]),
+        ({"RANK": "2"}, ["RANK=2", "WORLD_SIZE=2", "do not go together"]),
+        ({"RANK": "one"}, ["RANK=one"]),
+        ({"WORLD_SIZE": "-2"}, ["WORLD_SIZE=-2"]),
+    ],
+)
+def test_half_an_environment_of_ranks_is_refused(changes, parts, monkeypatch):
+    monkeypatch.setattr(os, "environ", {k: v for k, v in (LAUNCHED | changes).items() if v is not None})
+    refused(dist.launch_environment, *parts)
+    assert isinstance(dist.is_main(), bool)  # exits asks, to say it
+
+
+@pytest.mark.parametrize("given", [{}, {"RANK": "0", "WORLD_SIZE": "1"}, LAUNCHED])
+def test_what_a_launcher_leaves_out_is_filled_in(given, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(given))
+    dist.launch_environment()
+    assert os.environ.items() >= given.items() and os.environ.keys() >= LAUNCHED.keys()
+    assert dist.launched() == ((1, 2) if given is LAUNCHED else (0, 1))
 
 
 @pytest.mark.slow

@@ -2,7 +2,8 @@
 
 import pytest
 
-from glm_finetune.config import DataFlags, TrainConfig
+from glm_finetune.config import TrainConfig
+from glm_finetune.data.flags import DataFlags
 from glm_finetune.flags import parse
 from glm_finetune.modes import MODE
 from glm_finetune.record import SAMPLES, train_record

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 import train
-from glm_finetune import dist, exits
+from glm_finetune import build, dist
 from glm_finetune.config import TrainConfig
-from glm_finetune.run.checkpoint import checkpoints as checkpoints_in
+from glm_finetune.run.checkpoint import damage
+from glm_finetune.run.folder import checkpoints as checkpoints_in
 from glm_finetune.run.guard import MAX_STILL, Guard
+from glm_finetune.run.memory import memory_advice
 from glm_finetune.tuning import TRAIN_TYPE
 from glm_finetune.weights import iter_tensors, read_json, write_tensors
 from tests.ranks import run_ranks, train_arguments, train_main
@@ -56,7 +58,6 @@ def fp16_main(arguments, *poison):
     from glm_finetune import dist
 
     dist.choose_precision = lambda wanted, device: "fp16"
-    train.dist.choose_precision = dist.choose_precision
     accelerator = get_accelerator()
     accelerator.supported_dtypes = lambda: [torch.float32, torch.float16]
     accelerator.is_fp16_supported = lambda: True
@@ -154,6 +155,8 @@ def test_a_loss_that_stands_still_is_reported(checkpoints, rows, tmp_path):
     arguments = train_arguments("glm3", "lora", checkpoints["glm3"], tmp_path / "one.jsonl", tmp_path / "out", **flags)
     with pytest.raises(RuntimeError, match=f"step 21: the loss has been .* for {MAX_STILL} steps"):
         run_ranks(train_main, 1, arguments)
+    (folder,) = checkpoints_in(tmp_path / "out")[-1:]  # what was learnt until then is saved before
+    assert folder.name.endswith("-step-21") and damage(folder) is None
 
 
 class StandInEngine:
@@ -192,7 +195,7 @@ def test_out_of_memory_is_answered_with_flags_in_order(message, checkpoints, dat
     def full(*args):
         raise torch.OutOfMemoryError(message) if "CUDA" in message else RuntimeError(message)
 
-    monkeypatch.setattr(train, "build_and_train", full)
+    monkeypatch.setattr(build, "check_base", full)
     arguments = train_arguments("glm3", "all", checkpoints["glm3"], data_file, tmp_path / "out")
     code, error = run_main(train, monkeypatch, capsys, *arguments)
     tips = ["--per_device_train_batch_size 2 --gradient_accumulation_steps 2", "--gradient_checkpointing"]
@@ -205,7 +208,7 @@ def test_out_of_memory_is_answered_with_flags_in_order(message, checkpoints, dat
 def test_other_runtime_errors_keep_their_traceback():
     with (
         pytest.raises(RuntimeError, match="size mismatch"),
-        exits.memory_advice(None, {}, False),
+        memory_advice(None, {}, False),
     ):
         raise RuntimeError("size mismatch")
 

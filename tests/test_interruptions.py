@@ -18,22 +18,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from glm_finetune.exits import RESUME_ME
-from glm_finetune.run.checkpoint import checkpoints as checkpoints_in
-from glm_finetune.run.checkpoint import damage, step_of
+from glm_finetune.run.checkpoint import damage
+from glm_finetune.run.folder import checkpoints as checkpoints_in
+from glm_finetune.run.folder import step_of
+from glm_finetune.run.stop import REPEAT_SECS, RESUME_ME
+from tests.conftest import finished
 from tests.ranks import Job, free_port
 from tests.refusal import contents
 
 ROOT = Path(__file__).parents[1]
 NUM_KILLS = 20
 LONG = dict(num_train_epochs=12, save_total_limit=2)
-
-
-def finished(arguments, output_dir, log, **flags):
-    """The folder of a run that nothing disturbed."""
-    job = Job(arguments(output_dir, **flags), log)
-    assert job.exit_codes() == [0, 0], job.printed()
-    return output_dir
 
 
 def records(folder):
@@ -193,15 +188,40 @@ def test_asked_to_stop_in_its_last_step_it_is_complete(arguments, start, whole_e
 
 def stop_later():
     """SIGTERM after the ranks have asked one another whether to stop before this step."""
-    import train
+    from glm_finetune.run import engine
 
-    original = train.to_device
+    original = engine.to_device
 
     def to_device(*args):
         send(signal.SIGTERM)
         return original(*args)
 
-    train.to_device = to_device
+    engine.to_device = to_device
+
+
+def press_twice(secs):
+    send(signal.SIGINT)
+    time.sleep(secs)
+    send(signal.SIGINT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [[0], [0, 1]])
+def test_ctrl_c_saves_and_goes_on_bit_equal(ranks, arguments, start, whole_epochs, tmp_path):
+    out = tmp_path / "out"
+    job = start(arguments(out, num_train_epochs=2), partial(act_at, 8, ranks, partial(press_twice, 0)))  # as torchrun
+    assert job.exit_codes() == [RESUME_ME, RESUME_ME], job.printed()
+    assert f"asked to stop after step 8: saved {out / 'epoch-2-step-8'}" in job.printed()
+    assert start(arguments(out, num_train_epochs=2, resume="auto")).exit_codes() == [0, 0]
+    assert_same_end(out, whole_epochs)
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_at_once(arguments, start, tmp_path):
+    out = tmp_path / "out"
+    job = start(arguments(out, num_train_epochs=2), partial(act_at, 8, [0, 1], partial(press_twice, REPEAT_SECS + 0.1)))
+    assert job.exit_codes() == [-signal.SIGINT, -signal.SIGINT]
+    assert [path.name for path in checkpoints_in(out)] == ["epoch-1-step-6"] and "Traceback" not in job.printed()
 
 
 # Launchers
@@ -296,6 +316,18 @@ def test_what_launchers_make_of_sigterm(launcher, to, code, launch, arguments, s
         assert len(re.findall(r"exitcode *: 75 ", run.log.read_text())) == 2
     assert start(arguments(out, **LONG, resume="auto")).exit_codes() == [0, 0]
     assert_same_end(out, whole_long)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_ctrl_c_in_the_terminal_of_a_launcher_saves(launcher, launch, arguments, tmp_path):
+    out = tmp_path / "out"
+    run = launch(launcher, arguments(out, **LONG))
+    run.wait_for(lambda: (out / "metrics.jsonl").is_file() and len(records(out)) >= 3)
+    os.killpg(run.process.pid, signal.SIGINT)  # a terminal sends it to all processes of the launch
+    assert run.process.wait(60) != 0 and run.has_gone()
+    step = len(records(out))
+    assert step < 72 and f"asked to stop after step {step}: saved {checkpoints_in(out)[-1]}" in run.log.read_text()
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 
 from glm_finetune import exits
+from glm_finetune.errors import UserError
 from glm_finetune.exits import LOST
 from tests.test_interruptions import act_at
 
@@ -40,7 +41,7 @@ def act_in(module, name, rank, count, action):
 @pytest.mark.parametrize(
     "module, name, count, stage",
     [
-        ("train", "to_device", 3, 2),
+        ("glm_finetune.run.engine", "to_device", 3, 2),
         ("train", "log", 2, 3),
         ("glm_finetune.build", "load_base", 1, 3),
         ("glm_finetune.build", "load_base", 1, 2),
@@ -62,8 +63,8 @@ def test_a_killed_rank_ends_the_others_who_say_so(module, name, count, stage, ra
 @pytest.mark.parametrize(
     "error, code, rank",
     [
-        (ValueError("line 7 is bad"), 2, 0),
-        (ValueError("line 7 is bad"), 2, 1),
+        (UserError("line 7 is bad"), 2, 0),
+        (UserError("line 7 is bad"), 2, 1),
         (RuntimeError("mat1 and mat2"), 1, 2),
         (KeyError("lost key"), 1, 0),
     ],
@@ -100,9 +101,9 @@ def test_only_the_loss_of_a_rank_is_taken_for_it():
 
 
 def test_one_of_the_ranks_that_lost_the_others_repeats_what_came_first(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(exits.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(exits.signal, "signal", lambda *args: None)
-    monkeypatch.setattr(exits.time, "sleep", lambda secs: None)
+    monkeypatch.setattr(exits, "SAME_SECS", 0)
+    monkeypatch.setattr(exits, "_words", [open(tmp_path / "words", "a+")])  # noqa: SIM115 (as it is shared)
     said = {}
     for rank, words in ((3, "line 7 is bad"), (5, "another matter"), (1, None), (2, None), (0, None)):
         monkeypatch.setenv("RANK", str(rank))
@@ -110,8 +111,25 @@ def test_one_of_the_ranks_that_lost_the_others_repeats_what_came_first(tmp_path,
         exits._say(words) if words else exits._say_lost(RuntimeError("Connection closed by peer"))
         said[rank] = capfd.readouterr().err.splitlines()[-1]
     assert said[3] == "error on rank 3: line 7 is bad"
-    assert said[1] == said[0] == "error: rank 3: line 7 is bad"
-    assert said[2] == "rank 2 lost the others: Connection closed by peer"  # rank 1 speaks
-    monkeypatch.setenv("RANK", "0")
-    exits.forget_errors()
-    assert not list(tmp_path.iterdir())
+    assert said[1] == "error: rank 3: line 7 is bad"
+    assert "lost the others: Connection closed by peer" in said[0] and "lost the others" in said[2]  # rank 1 has spoken
+
+
+def test_what_all_ranks_say_together_is_said_by_the_first(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(exits.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(exits, "_words", [open(tmp_path / "words", "a+")])  # noqa: SIM115 (as it is shared)
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        exits._say("--output_dir out is taken")
+    assert capfd.readouterr().err == "error: --output_dir out is taken\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", [ValueError("a bug"), UserError("a refusal"), None], ids=["bug", "refusal", "killed"])
+def test_a_failed_launch_leaves_nothing_behind(error, arguments, start, tmp_path):
+    before = {path.name for path in tmp_path.iterdir()}
+    action = die if error is None else partial(fail, error)
+    job = start(arguments(tmp_path / "out"), partial(act_at, 2, [1], action))
+    assert job.exit_codes() == [1, -9 if error is None else 2 if isinstance(error, UserError) else 1]
+    assert {path.name for path in tmp_path.iterdir()} - before == {"out", job.log.name}  # the temp folder, in tests

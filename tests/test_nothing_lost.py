@@ -20,7 +20,8 @@ from glm_finetune.data.sampler import Progress
 from glm_finetune.flags import parse
 from glm_finetune.record import train_record
 from glm_finetune.run import checkpoint, state
-from glm_finetune.run.run import choose
+from glm_finetune.run.folder import check_output_dir
+from glm_finetune.run.parts import choose
 from glm_finetune.tuning import TRAIN_TYPE
 from tests.refusal import contents, cut, json_fields, refused, remove, run_main, write
 from tests.test_bad_input import ROW, lines
@@ -63,8 +64,12 @@ def new_run(base, output_dir, kind):
     tokenizer = mode.tokenizer.from_pretrained(base)
     record, engine = train_record(config, train_type, tokenizer, 1), StandInEngine(model)
     config.save_total_limit = 1
-    saver = checkpoint.Saver(engine, tokenizer, TRAIN_TYPE[kind], config, record, checkpoint.lock(output_dir))
-    return lambda step: saver.save(1, Progress(step, 1, 0))
+    saver = checkpoint.Saver(engine, tokenizer, TRAIN_TYPE[kind], config, record)
+    return lambda step: save(saver, Progress(step, 1, 0))
+
+
+def save(saver, progress):
+    return saver.save(progress, state.of(saver.engine, progress))
 
 
 class StandInEngine:
@@ -110,6 +115,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_alone(checkpoints, tmp_path, 
 def test_results_are_refused_without_the_flag_and_untouched(checkpoints, tmp_path, data_file, monkeypatch, capsys):
     (tmp_path / "out/epoch-1-step-2").mkdir(parents=True)
     (tmp_path / "out/epoch-1-step-2/adapter_model.safetensors").write_bytes(b"weeks of work")
+    (tmp_path / "out/epoch-1-step-2/manifest.json").write_text("{}")
     before = contents(tmp_path)
     code, error = run_main(
         train,
@@ -127,7 +133,7 @@ def test_results_are_refused_without_the_flag_and_untouched(checkpoints, tmp_pat
     assert code == 2 and "epoch-1-step-2" in error and "--overwrite_output_dir" in error
     assert contents(tmp_path) == before
     (tmp_path / "file").touch()
-    refused(lambda: checkpoint.check_output_dir(str(tmp_path / "file"), False), "--output_dir", "is a file")
+    refused(lambda: check_output_dir(str(tmp_path / "file"), False), "--output_dir", "is a file")
 
 
 @pytest.mark.parametrize(
@@ -334,6 +340,7 @@ def test_train_py_ends_with_one_error_and_the_old_results(checkpoints, tmp_path,
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2, "ofload_optimizer": {"device": "cpu"}}}')
     (tmp_path / "out/epoch-1-step-2").mkdir(parents=True)
     (tmp_path / "out/epoch-1-step-2/adapter_model.safetensors").write_bytes(b"weeks of work")
+    (tmp_path / "out/epoch-1-step-2/manifest.json").write_text("{}")
     before = contents(tmp_path)
     run = subprocess.run(
         [

@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from glm_finetune.checkpoint import checkpoints as checkpoints_in
-from glm_finetune.checkpoint import write_manifest
+from glm_finetune.run.checkpoint import write_manifest
+from glm_finetune.run.folder import checkpoints as checkpoints_in
 from tests.ranks import run_ranks, train_arguments, train_main
 from tests.tiny import DATA, make_checkpoint
 

@@ -13,7 +13,7 @@ from glm_finetune.config import TrainConfig
 from glm_finetune.data.dataset import collate
 from glm_finetune.data.packing import best_fit
 from glm_finetune.models import glm2, layers, prefixes
-from glm_finetune.run.run import choose_place
+from glm_finetune.run.parts import choose_place
 from glm_finetune.tuning import TRAIN_TYPE
 
 every_mode = pytest.mark.parametrize("mode", MODE)

@@ -8,7 +8,8 @@ import pytest
 import merge_lora
 import predict
 from glm_finetune import build, record
-from glm_finetune.config import PredictConfig, TrainConfig
+from glm_finetune.answer.flags import PredictConfig
+from glm_finetune.config import TrainConfig
 from glm_finetune.weights import read_json, write_json
 from tests.ranks import run_ranks, train_arguments, train_main
 from tests.refusal import json_fields, run_main

@@ -233,5 +233,7 @@ def test_a_merged_folder_is_asked_with_the_template_of_its_training(
     folder = run("glm3", "lora", checkpoints, six_rows, tmp_path / "out", max_steps=1, template=template)[2]
     code, error = run_main(merge_lora, monkeypatch, capsys, "--model_dir", folder)
     assert code == 0, error
-    merged = build.find_source(folder.with_name(folder.name + "-merged"))
-    assert merged.adapter is None and merged.template == build.find_source(folder).template == template
+    merged = build.find_model_folder(folder.with_name(folder.name + "-merged"))
+    assert (
+        merged.adapter is None and merged.prompt.template == build.find_model_folder(folder).prompt.template == template
+    )

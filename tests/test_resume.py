@@ -7,8 +7,8 @@ import pytest
 import torch
 from sentencepiece import sentencepiece_model_pb2
 
-from glm_finetune.run.checkpoint import checkpoints as checkpoints_in
-from glm_finetune.run.checkpoint import damage, write_manifest
+from glm_finetune.run.checkpoint import damage, forget_old, write_manifest
+from glm_finetune.run.folder import checkpoints as checkpoints_in
 from glm_finetune.run.resume import find_resume
 from glm_finetune.tuning import TRAIN_TYPE
 from tests.ranks import run_ranks, train_arguments, train_main
@@ -57,6 +57,23 @@ def test_resumed_with_accumulation_is_bit_equal_in_each_precision(precision, che
     again = run("glm3", "all", checkpoints, data_file, folder, **flags, resume="auto")
     assert losses(again[0]) == losses(whole[0])
     assert all(torch.equal(again[1][name], tensor) for name, tensor in whole[1].items())
+
+
+DAMAGED_ENTRIES = [None, 3, "x", [], {}, {"bytes": 3}, {"bytes": "3", "sha256": "x"}, {"bytes": True, "sha256": "x"}]
+
+
+@pytest.mark.parametrize("manifest", [{"train_config.json": entry} for entry in DAMAGED_ENTRIES] + [{}], ids=str)
+def test_a_manifest_with_damaged_entries_is_damaged_and_no_traceback(manifest, tmp_path, capsys):
+    folder = tmp_path / "epoch-1-step-2"
+    folder.mkdir()
+    (folder / "train_config.json").write_text("{}")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert "manifest.json: has no size and hash of train_config.json. The checkpoint is damaged." in damage(folder)
+    assert find_resume("auto", tmp_path) is None and "is damaged" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="is damaged"):
+        find_resume(str(folder), tmp_path)
+    forget_old(folder, 1, None)
+    assert folder.is_dir()
 
 
 @pytest.mark.slow

@@ -23,11 +23,12 @@ TESTS = sorted(ROOT.glob("tests/**/*.py"))
 
 # Who may import whom: a module may import those of lower levels, and those of its own level.
 LEVELS = (
-    ("errors", "config", "flags", "dist", "exits", "weights"),
+    ("errors", "flags", "dist", "exits", "weights"),
     ("models",),
     ("modes", "tuning", "data"),
     ("record", "build", "generator"),
     ("run", "answer", "evaluate", "convert"),
+    ("config",),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
@@ -38,7 +39,7 @@ def tree(path):
 
 @pytest.mark.parametrize("path", SOURCES + TESTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_and_functions_are_short(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= (200 if path.name == "train.py" else 400)
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= (150 if path.name == "train.py" else 400)
     for node in ast.walk(tree(path)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             limit = 50 if (path.name, node.name) == ("train.py", "train") else 60
@@ -194,7 +195,8 @@ def test_shipped_deepspeed_files_resolve_and_hold_memory_strategy_only(path):
     resolved = resolve(ds_json, config, 2, "bf16", "cuda")
     assert resolved["train_batch_size"] == 32 and resolved["bf16"]["enabled"]
     zero, offloads = resolved["zero_optimization"], bool(re.search(r"\d_(offload|nvme)$", path.stem))
-    assert zero["stage"] == max(1, int(re.search(r"zero(\d)", path.stem)[1]))
+    at_least = 1 if offloads else 2  # stages 0 and 1 in bf16: see ds_config
+    assert zero["stage"] == max(at_least, int(re.search(r"zero(\d)", path.stem)[1]))
     assert ("offload_optimizer" in zero) == offloads
     assert ("offload_param" in zero) == (offloads and "zero3" in path.name)
 

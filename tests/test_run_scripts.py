@@ -17,11 +17,11 @@ import predict
 from glm_finetune import MODE, tuning
 from glm_finetune.config import TrainConfig
 from glm_finetune.errors import raise_together
-from glm_finetune.exits import RESUME_ME
 from glm_finetune.flags import parse
-from glm_finetune.run.checkpoint import checkpoints as checkpoints_in
 from glm_finetune.run.ds_config import read_ds_file, resolve, stage_of
-from glm_finetune.run.run import choose
+from glm_finetune.run.folder import checkpoints as checkpoints_in
+from glm_finetune.run.parts import choose, with_defaults
+from glm_finetune.run.stop import RESUME_ME
 from tests.conftest import DATA
 from tests.ranks import free_port, run_ranks, train_main
 from tests.refusal import run_main
@@ -119,6 +119,7 @@ def test_the_flags_go_together(name, tmp_path):
     _, (call,) = start(name, tmp_path)
     config = parse(TrainConfig, flags_of(call))
     _, train_type = choose(config)
+    config = with_defaults(config, train_type)
     ds_json = read_ds_file(config.ds_file)
     raise_together(tuning.problems(config, train_type, stage_of(ds_json)))
     world_size = len(call["cards"].split(","))

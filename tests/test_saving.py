@@ -3,40 +3,23 @@
 import errno
 import shutil
 import signal
-import socket
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from glm_finetune.run.checkpoint import checkpoints as checkpoints_in
 from glm_finetune.run.checkpoint import damage
+from glm_finetune.run.folder import checkpoints as checkpoints_in
+from tests.conftest import EVERY_STEP
 from tests.refusal import contents
-from tests.test_interruptions import act_at, assert_same_end, finished, send
+from tests.test_interruptions import act_at, assert_same_end, send
 from tests.test_lost_ranks import die
 from tests.test_resume import stopped_copy
-
-EVERY_STEP = dict(num_train_epochs=2, save_model_step=1)
 
 
 def names(folder):
     return [path.name for path in checkpoints_in(folder)]
-
-
-@pytest.fixture(scope="module")
-def every_step(arguments, tmp_path_factory):
-    """Function: train type, DeepSpeed file -> folder of a run of 12 steps, saved after each."""
-    runs = {}
-
-    def run(train_type="lora", ds_file=None):
-        if (train_type, ds_file) not in runs:
-            root = tmp_path_factory.mktemp("every-step")
-            flags = EVERY_STEP | ({"ds_file": ds_file} if ds_file else {})
-            runs[train_type, ds_file] = finished(arguments, root / "out", root / "log", train_type=train_type, **flags)
-        return runs[train_type, ds_file]
-
-    return run
 
 
 # In the background
@@ -78,6 +61,33 @@ def test_written_while_training_goes_on_a_checkpoint_is_the_same(
     job = start(arguments(again, **{**flags, "save_model_step": 1, "resume": "auto"}))
     assert job.exit_codes() == [0, 0] and "epoch-1-step-4: " in job.printed()
     assert_same_end(again, whole)
+
+
+def count_copies(path):
+    """Note how many weights of the first save are the model's own tensors, and how many are copies."""
+    from glm_finetune.run import checkpoint
+
+    original = checkpoint._write_model
+
+    def write(model, tokenizer, train_type, folder, weights):
+        same = {p.data_ptr() for p in model.parameters()}
+        learns = {p.data_ptr() for p in model.parameters() if p.requires_grad}
+        held = [tensor.data_ptr() for _, tensor in weights]
+        if not path.exists():
+            path.write_text(f"{len(held)} {len(same - learns)} {sum(p in same - learns for p in held)}")
+            assert not learns & set(held)
+        original(model, tokenizer, train_type, folder, weights)
+
+    checkpoint._write_model = write
+
+
+@pytest.mark.slow
+def test_in_the_background_only_what_learns_is_copied(arguments, start, tmp_path):
+    flags = dict(train_type="freeze", async_save=True, max_steps=2, save_model_step=1)
+    job = start(arguments(tmp_path / "out", **flags), partial(count_copies, tmp_path / "count"))
+    assert job.exit_codes() == [0, 0], job.printed()
+    held, frozen, not_copied = map(int, (tmp_path / "count").read_text().split())
+    assert held > frozen > 0 and not_copied == frozen
 
 
 def fail_writing(step, error):
@@ -256,42 +266,3 @@ def test_a_run_that_is_complete_says_so_and_changes_nothing(flags, code, said, a
     job = start(arguments(out, **{**EVERY_STEP, **flags, "resume": "auto"}))
     assert job.exit_codes() == [code, code] and said in job.printed(), job.printed()
     assert contents(out) == before
-
-
-# Two runs on one folder
-
-
-def wait_for_file(path):
-    while not path.exists():
-        time.sleep(0.01)
-
-
-@pytest.mark.slow
-def test_a_second_run_on_the_folder_is_refused_and_the_first_goes_on(arguments, start, every_step, tmp_path):
-    out, go = tmp_path / "out", tmp_path / "go"
-    first = start(arguments(out, **EVERY_STEP), partial(act_at, 8, [0, 1], partial(wait_for_file, go)))
-    first.wait_for(lambda: (out / "latest").is_file() and (out / "latest").read_text() == "epoch-2-step-8")
-    before = contents(out)
-    for flags in ({"resume": "auto"}, {"overwrite_output_dir": True}):
-        second = start(arguments(out, **EVERY_STEP, **flags))
-        assert second.exit_codes() == [2, 2]
-        holder = f"process {first.processes[0].pid} on {socket.gethostname()}"
-        assert f"error: --output_dir {out}: another run ({holder}) is writing to it." in second.printed()
-        assert second.printed().count("error") == 1 and contents(out) == before
-    go.touch()
-    assert first.exit_codes() == [0, 0]
-    assert_same_end(out, every_step())
-
-
-@pytest.mark.slow
-def test_the_folder_of_a_killed_run_is_free_and_cleared_of_what_it_had_begun(arguments, start, every_step, tmp_path):
-    out = tmp_path / "out"
-    first = start(arguments(out, **EVERY_STEP), partial(act_at, 8, [0, 1], die))
-    assert first.exit_codes() == [-9, -9]
-    for name in ("tmp-epoch-1-step-3", "tmp-epoch-1-step-6-merged"):
-        (out / name).mkdir()
-        (out / name / "half").write_text("x")
-    assert start(arguments(out, **EVERY_STEP, resume="auto")).exit_codes() == [0, 0]
-    assert [path.name for path in out.glob("tmp-*")] == ["tmp-epoch-1-step-6-merged"]  # merge_lora.py's
-    (out / "tmp-epoch-1-step-6-merged").rename(tmp_path / "merged")
-    assert_same_end(out, every_step())

@@ -14,11 +14,13 @@ from safetensors.torch import load_file, save_file
 import merge_lora
 import predict
 from glm_finetune import MODE, dist
-from glm_finetune.config import MergeConfig, PredictConfig, TrainConfig
+from glm_finetune.answer.flags import PredictConfig
+from glm_finetune.config import TrainConfig
 from glm_finetune.convert import merge
+from glm_finetune.convert.flags import MergeConfig
 from glm_finetune.evaluate.metrics import triple_scores
 from glm_finetune.flags import parse
-from glm_finetune.run.checkpoint import checkpoints as checkpoints_in
+from glm_finetune.run.folder import checkpoints as checkpoints_in
 from tests.ranks import free_port, run_ranks, train_arguments, train_main
 
 ROOT = Path(__file__).parents[1]

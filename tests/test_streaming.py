@@ -15,7 +15,7 @@ from glm_finetune.data.sampler import Progress, StepSampler
 from glm_finetune.data.samples import Settings
 from glm_finetune.flags import parse
 from glm_finetune.modes.spec import Limits
-from glm_finetune.run.checkpoint import checkpoints as checkpoints_in
+from glm_finetune.run.folder import checkpoints as checkpoints_in
 from tests.refusal import refused
 from tests.test_bad_input import NEEDED
 from tests.test_resume import losses, stopped_copy

@@ -8,7 +8,7 @@ from glm_finetune import MODE, build, weights
 from glm_finetune.config import TrainConfig
 from glm_finetune.flags import parse
 from glm_finetune.run.optim import parameter_groups
-from glm_finetune.run.run import choose, choose_place
+from glm_finetune.run.parts import choose, choose_place, with_defaults
 from glm_finetune.tuning import TRAIN_TYPE
 from glm_finetune.tuning.adapter import load_adapter
 from glm_finetune.tuning.ptuning import write_prefix
@@ -318,5 +318,5 @@ def test_the_recipe_of_a_train_type_gives_its_learning_rate(checkpoints):
     needed = ["--model_name_or_path", "b", "--train_path", "x", "--output_dir", "y", "--train_type"]
     for arguments, rate in rates.items():
         config = parse(TrainConfig, [*needed, *arguments])
-        choose(config)
-        assert config.learning_rate == rate
+        assert with_defaults(config, choose(config)[1]).learning_rate == rate
+        assert parse(TrainConfig, [*needed, *arguments]) == config  # which is as it was given

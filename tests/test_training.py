@@ -9,13 +9,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from glm_finetune import MODE, build
+from glm_finetune.config import TrainConfig
 from glm_finetune.data.sampler import Progress, StepSampler
-from glm_finetune.run.checkpoint import checkpoints as checkpoints_in
 from glm_finetune.run.ds_config import read_ds_file
+from glm_finetune.run.folder import checkpoints as checkpoints_in
 from glm_finetune.tuning import TRAIN_TYPE
 from glm_finetune.weights import iter_file
 from tests.ranks import run_ranks, train_arguments, train_main
 
+BF16_LOSS, BF16_NORM, BF16_WEIGHTS = 1e-9, 1e-9, 1e-9
 SPLITS = {"1 rank x 4": (1, 4, 1), "1 x 2 x 2": (1, 2, 2), "2 ranks x 2": (2, 2, 1)}  # ranks, micro-batch, accumulation
 
 
@@ -99,6 +101,58 @@ def test_stages_and_offloading_give_the_numbers_of_stage_2(train_type, ds_file, 
         weights.append(tensors)
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert_close(weights[1], weights[0])
+
+
+def norm_of_sum(zero, gradients):
+    """Gradient norm of a step whose micro-batches have these gradients for each of 64 bf16 weights."""
+    from glm_finetune.run import engine
+    from glm_finetune.run.ds_config import resolve
+
+    engine.start(torch.device("cpu"))
+    config = TrainConfig(model_name_or_path="b", train_path="t", output_dir="o", learning_rate=1e-3)
+    config.per_device_train_batch_size, config.gradient_accumulation_steps = 1, len(gradients)
+    ds_config = resolve({"zero_optimization": zero}, config, torch.distributed.get_world_size(), "bf16", "cpu")
+    model = torch.nn.Linear(8, 8, bias=False).bfloat16()
+    ds_engine = engine.new_engine(model, ds_config, 0.1)
+    for gradient in gradients:
+        loss = ds_engine(torch.full((1, 8), gradient, dtype=torch.bfloat16)).sum()
+        ds_engine.backward(loss * len(gradients))
+        ds_engine.step()
+    return float(ds_engine.get_global_grad_norm())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("offload", [{}, {"offload_optimizer": {"device": "cpu"}}], ids=["kept", "offload"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_small_gradients_of_bf16_micro_batches_are_not_lost(stage, offload, world_size):
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0, **offload}
+    norms = run_ranks(norm_of_sum, world_size, zero, [1.0] + [1 / 512] * 64)
+    assert norms == [9.0] * world_size  # 64 weights with a gradient of 1.125 each; added up in bf16 it was 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("train_type", ["lora", "all"])
+def test_in_bf16_too_a_step_gives_the_same_numbers_however_it_is_split(
+    train_type, stage, checkpoints, data_file, tmp_path
+):
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
+    results = []
+    for world_size, batch_size, accumulate in SPLITS.values():
+        flags = dict(per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulate, num_train_epochs=2)
+        flags |= dict(precision="bf16", learning_rate=1e-3, ds_file=tmp_path / "ds.json")
+        results.append(
+            run("glm3", train_type, checkpoints, data_file, tmp_path / str(len(results)), world_size, **flags)
+        )
+    (records, weights, *_), *others = results
+    for other_records, other_weights, *_ in others:  # activations have 8 bits of mantissa, whatever lies beside them
+        assert [r["loss"] for r in other_records] == pytest.approx([r["loss"] for r in records], rel=BF16_LOSS)
+        assert [r["grad_norm"] for r in other_records] == pytest.approx(
+            [r["grad_norm"] for r in records], rel=BF16_NORM
+        )
+        assert_close(other_weights, weights, BF16_WEIGHTS)
 
 
 @pytest.mark.slow

@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from glm_finetune import MODE, exits
-from glm_finetune.config import ReportConfig
 from glm_finetune.data.dataset import InstructionDataset, describe_sample
 from glm_finetune.data.files import list_sources, occurrences
+from glm_finetune.data.flags import ReportConfig
 from glm_finetune.data.histogram import Panel, save_histograms
 from glm_finetune.data.report import write_bad_rows
 from glm_finetune.data.samples import of_source, prepare_row, settings_of

@@ -60,7 +60,7 @@ def read_ds_file(name):
     return value
 
 
-def _malformed(value, names=("zero_optimization", "bf16", "fp16", "optimizer", "scheduler"), where=""):
+def _malformed(value, names=("zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "data_types"), where=""):
     """Problems of sections that are no objects: everything after this may look into them."""
     for name in names:
         section = value.get(name, {})
@@ -85,8 +85,8 @@ def resolve(ds_json, config, world_size, precision, device_type, learns_in_fp32=
 
     ds_json: `read_ds_file`. config: TrainConfig. precision: bf16, fp16 or fp32. device_type: "cuda" or "cpu".
     learns_in_fp32: what learns stays fp32 beside a bf16 base, so that DeepSpeed has nothing to convert.
-    Stage 0 becomes stage 1, which gives its numbers with less memory: stage 0 adds up 16-bit gradients in 16 bit and
-    applies a step whose gradient is not finite.
+    Stage 0 becomes stage 1, which gives its numbers with less memory: stage 0 applies a step whose gradient is not
+    finite. In bf16 the gradients of micro-batches are added up in fp32 unless the file says otherwise, see `_sums`.
     Raises UserError listing unknown keys, numbers that contradict a flag, and offloading that the stage cannot do.
     """
     numbers = {
@@ -102,14 +102,16 @@ def resolve(ds_json, config, world_size, precision, device_type, learns_in_fp32=
     raise_together(
         [*_unknown_keys(ds_json), *_contradictions(ds_json, numbers, config, precision), *_zero_problems(zero)]
     )
-    zero = {**zero, "stage": max(1, zero["stage"])}
+    in_bf16 = precision == "bf16" and not learns_in_fp32
+    zero, sums = _sums({**zero, "stage": max(1, zero["stage"])}, ds_json.get("data_types", {}), in_bf16)
     if device_type == "cpu":
         zero = _for_cpu(zero)
     return {
         **{key: ds_json[key] for key in PASSED_ON if key in ds_json},
         **{key: value for key, (value, _) in numbers.items()},
+        **sums,
         "zero_optimization": zero,
-        "bf16": {"enabled": precision == "bf16" and not learns_in_fp32},
+        "bf16": {"enabled": in_bf16},
         "fp16": {"loss_scale_window": 100, **_without_auto(ds_json.get("fp16", {})), "enabled": precision == "fp16"},
         # torch's fused AdamW: no compiler needed on any machine, no temporary copy of the weights, resumes bit for bit.
         "optimizer": {
@@ -125,6 +127,19 @@ def resolve(ds_json, config, world_size, precision, device_type, learns_in_fp32=
         },
         "steps_per_print": 2**31,
     }
+
+
+def _sums(zero, data_types, in_bf16):
+    """(zero_optimization, {"data_types": ...} or {}) with which bf16 gradients are added up in fp32.
+
+    In bf16 itself, DeepSpeed's default, 1 + 64 x 1/512 stays 1. At stage 1 fp32 sums would select another optimizer
+    class (BF16_Optimizer of DeepSpeed 0.19.8), which `state` and `guard` do not know: stage 2 takes its place.
+    """
+    data_types = {"grad_accum_dtype": "fp32"} | _without_auto(data_types) if in_bf16 else data_types
+    offloads = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    if in_bf16 and zero["stage"] == 1 and data_types["grad_accum_dtype"] == "fp32" and not offloads:
+        zero = {**zero, "stage": 2}
+    return zero, {"data_types": data_types} if data_types else {}
 
 
 def stage_of(ds_json):

@@ -8,7 +8,6 @@ import ctypes
 import datetime
 import os
 import platform
-import socket
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,35 +15,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from glm_finetune.data.dataset import to_device
 from glm_finetune.dist import from_main, print_main
 from glm_finetune.errors import UserError
 from glm_finetune.run.optim import parameter_groups
 from glm_finetune.weights import OnDevice, is_finite
 
 
-def launch_environment():
-    """What launchers set, for a plain `python train.py`: one process, a free port.
-
-    Called before anything is started.
-    """
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(
-            RANK="0",
-            LOCAL_RANK="0",
-            WORLD_SIZE="1",
-            LOCAL_SIZE="1",
-            LOCAL_WORLD_SIZE="1",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
-    os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
-
-
 def start(device):
-    """Join the other ranks: nccl on cards, gloo on CPUs. Needs `launch_environment`."""
+    """Join the other ranks: nccl on cards, gloo on CPUs. Needs `dist.launch_environment`."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -161,12 +140,33 @@ def new_engine(model, ds_config, weight_decay, loraplus_ratio=None):
     return engine
 
 
+def accumulate(engine, batches, num_targets):
+    """Forward and backward of the micro-batches of a step, then the step. Returns their losses. All ranks must call.
+
+    num_targets: of all ranks' micro-batches; a loss is its share of their mean. Weights change unless the gradient is
+    not finite.
+    """
+    losses = []
+    for batch in batches:
+        loss = engine(**to_device(batch, engine.device), use_cache=False).token_losses.sum() / num_targets
+        # DeepSpeed divides by the micro-batches and averages over the ranks; both are undone.
+        engine.backward(loss * (len(batches) * dist.get_world_size()))
+        engine.step()
+        losses.append(loss.detach())
+    return losses
+
+
+def is_partitioned(parameter):
+    """Whether ZeRO-3 keeps a part of a parameter on each rank."""
+    return getattr(parameter, "ds_id", None) is not None
+
+
 def whole(parameter, modifier_rank=None):
     """Context in which a parameter is whole here: ZeRO-3 keeps a part of it on each rank. All ranks must enter.
 
     modifier_rank: changes that this rank makes reach the others.
     """
-    if getattr(parameter, "ds_id", None) is None:
+    if not is_partitioned(parameter):
         return nullcontext()
     import deepspeed
 

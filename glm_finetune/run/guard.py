@@ -10,7 +10,7 @@ finite; here the run then stops, or counts and goes on (--on_nonfinite skip), an
 import math
 
 from glm_finetune import dist
-from glm_finetune.errors import NotFinite
+from glm_finetune.errors import NotFinite, StandsStill
 from glm_finetune.weights import is_finite
 
 MAX_STILL = 20  # steps with the same loss, or with a loss of 0
@@ -77,7 +77,7 @@ class Guard:
             "knows the data by heart."
         )
         if self.config.on_nonfinite == "stop":
-            raise NotFinite(text)
+            raise StandsStill(text)
         dist.print_main(text)
         self.still = 0
 

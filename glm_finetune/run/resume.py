@@ -9,7 +9,8 @@ from glm_finetune import dist
 from glm_finetune.errors import UserError
 from glm_finetune.record import FORMAT_VERSION, SAMPLES, read_record
 from glm_finetune.run import state
-from glm_finetune.run.checkpoint import checkpoints, damage, step_of
+from glm_finetune.run.checkpoint import damage
+from glm_finetune.run.folder import checkpoints, step_of
 
 
 def find_resume(resume, output_dir):
@@ -51,6 +52,12 @@ def choose_resume(config, record):
     folder, problem = dist.from_main((folder, problem))
     if problem:
         raise UserError(problem)
+    there = dist.gather_objects(folder is None or (folder / state.FOLDER / "progress.json").is_file())
+    if not all(there):
+        raise UserError(
+            f"--resume: rank {there.index(False)} does not see {folder}. On several nodes --output_dir must be a "
+            "folder that all of them share, with the same path."
+        )
     return folder
 
 
@@ -58,6 +65,8 @@ def _unfit(folder):
     if not (folder / state.FOLDER / "progress.json").is_file():
         return f"{folder}: has no {state.FOLDER}/ to go on from; give a folder epoch-E-step-S of a run."
     version = read_record(folder).get("format_version", 0)
+    if not isinstance(version, int):
+        return f"{folder}: train_config.json has no format_version, it is not of this project."
     return (
         f"{folder}: format {version}, this version reads up to {FORMAT_VERSION}." if version > FORMAT_VERSION else None
     )
@@ -103,13 +112,3 @@ def _check_others(folder, config):
                 f"--resume {folder}: --output_dir {config.output_dir} holds {', '.join(others[:5])}, of another "
                 "continuation. Go on from those with --resume auto, choose another folder, or move them away."
             )
-
-
-def is_complete(folder, config, sampler):
-    """Whether a run that goes on from `folder` has no step to do; then rank 0 says so."""
-    progress = state.progress_in(folder / state.FOLDER)
-    total_steps = config.max_steps or sampler.total_steps(progress, config.num_train_epochs)
-    if progress.step < total_steps:
-        return False
-    dist.print_main(f"{folder}: all {total_steps} steps are done, this run is complete. Nothing was changed.")
-    return True

@@ -1,85 +1,162 @@
-"""What a training run is made of: mode, train type, data, the place of its weights."""
+"""A training run: its parts by name, opened and closed by one call.
 
-import os
+with Run.open(config) as run:           # None where nothing is left to do; all ranks must call
+    losses = run.step(batches, num_targets)
+    run.saver.save(run.progress, run.state())
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
-from glm_finetune.config import SHUFFLE_BUFFER
-from glm_finetune.data.cache import default_cache_dir
-from glm_finetune.data.dataset import InstructionDataset, collate
-from glm_finetune.data.files import paths_of
-from glm_finetune.data.sampler import StepSampler
-from glm_finetune.data.samples import settings_of
-from glm_finetune.errors import UserError, raise_together, unknown_choice
-from glm_finetune.models.original import DTYPES
-from glm_finetune.modes import MODE
-from glm_finetune.run import checkpoint
-from glm_finetune.run.engine import Partitioned
-from glm_finetune.tuning import TRAIN_TYPE
-from glm_finetune.tuning.quantize import Quantized
-from glm_finetune.weights import OnDevice
+import torch
+
+from glm_finetune import build, dist, exits
+from glm_finetune.data.dataset import to_device, without_targets
+from glm_finetune.data.report import write_bad_rows
+from glm_finetune.data.sampler import Progress, StepSampler
+from glm_finetune.errors import StandsStill, raise_together
+from glm_finetune.record import train_record
+from glm_finetune.run import engine, folder, resume, state
+from glm_finetune.run.checkpoint import Saver
+from glm_finetune.run.flags import long_warmup
+from glm_finetune.run.guard import Guard
+from glm_finetune.run.memory import memory_advice
+from glm_finetune.run.parts import choose_place, load_data, output_folder, settle
+from glm_finetune.run.stop import RESUME_ME, stop_request
+from glm_finetune.run.summary import start_lines
+from glm_finetune.run.tracker import new_tracker
 
 
-def choose(config):
-    """TrainConfig -> (Mode, TrainType); fills in the defaults that depend on the train type.
+@dataclass(kw_only=True)
+class Run:
+    """The parts of a run. Loop and summary ask for them by name.
 
-    Raises UserError with the nearest name for what is not registered.
+    config: TrainConfig, its defaults filled in. eval_rows: None without --eval_path. collate(rows) -> batch.
+    progress, total_steps: where it stands and ends. resumed_from: a checkpoint, or None. hold: rank 0's `folder.Hold`.
+    step(batches, num_targets): see `engine.accumulate`. tracker, stop (a `stop.StopRequest`): while it is open.
     """
-    raise_together(
-        [
-            *unknown_choice("mode", config.mode, tuple(MODE)),
-            *unknown_choice("train_type", config.train_type, tuple(TRAIN_TYPE)),
-        ]
+
+    config: object
+    mode: object
+    train_type: object
+    device: torch.device
+    precision: str
+    ds_config: dict
+    tokenizer: object
+    rows: object
+    eval_rows: object
+    sampler: StepSampler
+    collate: Callable
+    hold: object
+    resumed_from: Path | None
+    progress: Progress
+    total_steps: int
+    engine: object
+    step: Callable
+    guard: Guard
+    saver: Saver
+    tracker: object = None
+    stop: object = None
+
+    @staticmethod
+    @contextmanager
+    def open(config):
+        """Build a run, and end it: a last save where it was asked to stop, tracker and engine closed.
+
+        Raises UserError for whatever is wrong, as early as it can be known.
+        """
+        known = settle(config)
+        with memory_advice(known["config"], known["ds_config"]["zero_optimization"], known["train_type"].quantizes):
+            run = assemble(known)
+            if run is None:
+                yield None
+                return
+            if dist.is_main():
+                write_bad_rows(Path(config.output_dir) / "bad_rows.txt", run.rows, run.eval_rows)
+                print(start_lines(run), flush=True)
+            run.tracker = new_tracker(run.config, run.total_steps, run.progress.step)
+            with stop_request() as run.stop:
+                try:
+                    yield run
+                except StandsStill:
+                    run.tracker.say(f"saved {run.saver.save(run.progress, run.state())}")
+                    raise
+                run.close()
+
+    def state(self):
+        """What a save needs besides the weights. All ranks must call."""
+        return state.of(self.engine, self.progress)
+
+    @property
+    def stopped(self):
+        """Whether it was asked to stop before its end."""
+        return self.progress.step < self.total_steps
+
+    @property
+    def exit_code(self):
+        return RESUME_ME if self.stopped else 0
+
+    def close(self):
+        """Save if it was asked to stop, then end its parts in order. All ranks must call."""
+        if self.stopped:
+            saved = self.saver.save(self.progress, self.state())
+            self.tracker.say(
+                f"asked to stop after step {self.progress.step}: saved {saved}; --resume auto goes on from there"
+            )
+        self.saver.wait()
+        self.tracker.close()
+        engine.finish(self.engine)
+
+
+def assemble(known):
+    """A Run of what `settle` gave, ready for its next step; None where none is left. All ranks must call."""
+    config, device = known["config"], known["device"]
+    tokenizer, _ = build.check_base(known["mode"], config.model_name_or_path, config.max_len)
+    data = load_data(config, known["mode"], tokenizer)
+    engine.start(device)
+    exits.share_words()
+    engine.check(known["ds_config"])
+    record = train_record(config, known["train_type"], tokenizer, dist.world_size())
+    with ExitStack() as refused:  # a run that does not begin leaves the folder as it was
+        hold = folder.lock(*output_folder(config))
+        refused.callback(hold.give_back if hold else lambda: None)
+        resumed_from = resume.choose_resume(config, record)
+        progress, numbers = state.progress_in(resumed_from / state.FOLDER) if resumed_from else Progress(), {}
+        total_steps = config.max_steps or data["sampler"].total_steps(progress, config.num_train_epochs)
+        if resumed_from and progress.step >= total_steps:
+            done = f"all {total_steps} steps are done, this run is complete. Nothing was changed."
+            return dist.print_main(f"{resumed_from}: {done}")
+        raise_together(long_warmup(config.warmup_steps, total_steps))
+        ds_engine = load_engine(**known)
+        if resumed_from:
+            nothing = to_device(data["collate"]([without_targets(data["rows"][0])]), device)
+            progress, numbers = state.restore(ds_engine, resumed_from / state.FOLDER, nothing, config.seed, device)
+        refused.pop_all()
+    if not resumed_from:
+        folder.clear(config.output_dir)
+        dist.seed_all(config.seed + dist.rank())  # dropout differs between ranks
+    return Run(
+        **known,
+        **data,
+        hold=hold,
+        resumed_from=resumed_from,
+        progress=progress,
+        total_steps=total_steps,
+        engine=ds_engine,
+        step=partial(engine.accumulate, ds_engine),
+        guard=Guard(ds_engine, config, known["train_type"], data["rows"].where),
+        saver=Saver(ds_engine, tokenizer, known["train_type"], config, record, numbers.get("best")),
     )
-    train_type = TRAIN_TYPE[config.train_type]
-    if config.learning_rate is None:
-        config.learning_rate = train_type.learning_rate(config)
-    return MODE[config.mode], train_type
 
 
-def check_paths(config):
-    """Raise UserError if --output_dir holds results that are not to be deleted, or something that the run reads."""
-    inputs = () if config.resume else (config.model_name_or_path, *paths_of(config.train_path, config.eval_path))
-    checkpoint.check_output_dir(config.output_dir, config.overwrite_output_dir or config.resume, inputs)
-
-
-def load_data(config, mode, tokenizer):
-    """(rows, evaluation rows or None, sampler, function: rows -> batch) of a run.
-
-    Raises UserError for fewer samples than ranks, and as InstructionDataset.
-    """
-    window = (config.shuffle_buffer or SHUFFLE_BUFFER) if config.streaming else None
-    options = dict(
-        settings=settings_of(config, mode, tokenizer),
-        progress=True,
-        cache_dir=config.cache_dir or default_cache_dir(),
-        overwrite_cache=config.overwrite_cache,
-        window=window,
-    )
-    rows = InstructionDataset(config.train_path, **options)
-    eval_rows = InstructionDataset(config.eval_path, **options) if config.eval_path else None
-    world_size = int(os.environ["WORLD_SIZE"])
-    if len(rows) < world_size:
-        raise UserError(
-            f"--train_path {config.train_path}: {len(rows)} samples for {world_size} ranks, some would have nothing to "
-            "do. Start fewer ranks or give more data."
-        )
-    lengths = rows.lengths() if config.group_by_length else None
-    per_step = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    sampler = StepSampler(len(rows), *per_step, world_size, config.seed, lengths=lengths, window=window)
-    max_len = config.max_len if config.packing else None
-    return (
-        rows,
-        eval_rows,
-        sampler,
-        partial(collate, pad_token_id=tokenizer.pad_token_id, positions=mode.positions, max_len=max_len),
-    )
-
-
-def choose_place(config, train_type, ds_config, precision, device):
-    """Where the base's weights go as they are read: divided (ZeRO-3), quantised, or whole onto `device`."""
-    dtype = DTYPES[precision]
-    if ds_config["zero_optimization"]["stage"] == 3:
-        return Partitioned(dtype, device, ds_config)
-    if train_type.quantizes:
-        return Quantized(dtype, device, config.quantization_bit)
-    return OnDevice(dtype, device)
+def load_engine(config, mode, train_type, ds_config, precision, device):
+    """The model with its weights and what learns of it, in DeepSpeed's engine. All ranks must call."""
+    dist.seed_all(config.seed)
+    place = choose_place(config, train_type, ds_config, precision, device)
+    model = build.load_base(mode, config.model_name_or_path, place, config.gradient_checkpointing)
+    model = train_type.apply(model, config, mode)
+    dist.barrier()  # a rank that is lost is noticed here, not while DeepSpeed starts
+    return engine.new_engine(model, ds_config, config.weight_decay, config.loraplus_ratio)

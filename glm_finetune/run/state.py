@@ -3,7 +3,7 @@
 Plain safetensors and JSON, the same for every ZeRO stage and number of ranks, so that a run goes on with other ones.
 DeepSpeed's own checkpoints are pickles bound to both. Weights that do not learn are never written.
 
-    tensors = tensors_of(engine)               # all ranks must call; rank 0 writes them with `write`
+    parts = of(engine, progress)               # all ranks must call; rank 0 writes them with `write`
     restore(engine, folder, batch, seed, device)   # all ranks must call
 """
 
@@ -28,6 +28,14 @@ from glm_finetune.weights import (
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FOLDER = "state"  # inside a checkpoint
+
+
+def of(engine, progress):
+    """(tensors, random numbers, numbers) of a run that stands at `progress`, as `write` takes them.
+
+    All ranks must call, and exhaust the tensors.
+    """
+    return tensors_of(engine), random_states(engine.device), numbers_of(engine, progress)
 
 
 def learning(model):

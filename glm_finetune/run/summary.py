@@ -15,23 +15,10 @@ from glm_finetune.tuning import unused_flags
 from glm_finetune.weights import full_bytes, full_size
 
 
-def start_lines(
-    config,
-    train_type,
-    ds_config,
-    model,
-    rows,
-    eval_rows,
-    tokenizer,
-    sampler,
-    total_steps,
-    device,
-    precision,
-    resume_from,
-    progress,
-):
-    """The text that train.py prints at the start. rows, eval_rows: data sets with a `report`."""
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+def start_lines(run):
+    """The text that train.py prints at the start."""
+    config, rows, sampler, train_type = run.config, run.rows, run.sampler, run.train_type
+    card = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
     per_step = (
         f"{config.per_device_train_batch_size} samples x {config.gradient_accumulation_steps} micro-batches x "
         f"{sampler.world_size} ranks"
@@ -39,27 +26,27 @@ def start_lines(
     flags = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
     lines = [
         f"flags       {json.dumps(flags, ensure_ascii=False)}",
-        f"deepspeed   {json.dumps(ds_config)}",
+        f"deepspeed   {json.dumps(run.ds_config)}",
         f"versions    {', '.join(f'{name} {importlib.metadata.version(name)}' for name in PACKAGES)}",
-        f"device      {card}, {precision}, world size {sampler.world_size}",
-        f"parameters  {describe_parameters(model)}",
+        f"device      {card}, {run.precision}, world size {sampler.world_size}",
+        f"parameters  {describe_parameters(run.engine.module)}",
         f"data        {config.train_path}: {rows.report}",
     ]
     lines += [f"            {hint}" for hint in rows.report.hints()]
-    if eval_rows is not None:
-        lines.append(f"evaluation  {config.eval_path}: {eval_rows.report}")
-    warmup = num_warmup_steps(config.warmup_ratio, config.warmup_steps, total_steps)
+    if run.eval_rows is not None:
+        lines.append(f"evaluation  {config.eval_path}: {run.eval_rows.report}")
+    warmup = num_warmup_steps(config.warmup_ratio, config.warmup_steps, run.total_steps)
     if "learning_rate" not in config.given:
         lines.append(f"default     learning_rate {config.learning_rate}, the recipe of {train_type.name}")
     if unused := unused_flags(train_type, config.given):
         lines.append(f"note        no effect with --train_type {train_type.name}: {', '.join(unused)}")
     lines += [
         f"steps       {per_step} = {sampler.rows_per_step} samples a step; {len(rows):,} samples = "
-        f"{sampler.steps_per_epoch:,} steps an epoch; {total_steps:,} steps in all, {warmup:,} of warm-up",
-        f"sample      targets between ⟦ and ⟧:\n{describe_sample(rows[0], tokenizer)}",
+        f"{sampler.steps_per_epoch:,} steps an epoch; {run.total_steps:,} steps in all, {warmup:,} of warm-up",
+        f"sample      targets between ⟦ and ⟧:\n{describe_sample(rows[0], run.tokenizer)}",
     ]
-    if resume_from:
-        lines.append(f"resumed from {resume_from}: {progress}")
+    if run.resumed_from:
+        lines.append(f"resumed from {run.resumed_from}: {run.progress}")
     return "\n".join(lines)
 
 

@@ -1,0 +1,20 @@
+"""Flags of merge_lora.py."""
+
+from dataclasses import dataclass
+
+from glm_finetune.errors import unknown_choice
+from glm_finetune.flags import Flags, flag
+
+
+@dataclass(kw_only=True)
+class MergeConfig(Flags):
+    """Flags of merge_lora.py."""
+
+    model_dir: str = flag("folder of the LoRA adapter")
+    ori_model_dir: str | None = flag("base checkpoint; default: the one recorded with the adapter", None)
+    mode: str | None = flag("glm, glm2 or glm3; default: recorded with the adapter", None)
+    output_dir: str | None = flag("folder to write; default: <model_dir>-merged", None)
+    dtype: str | None = flag("bf16, fp16 or fp32 of the written weights; default: the base's", None)
+
+    def problems(self):
+        yield from unknown_choice("dtype", self.dtype, ("bf16", "fp16", "fp32"))

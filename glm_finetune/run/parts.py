@@ -1,0 +1,99 @@
+"""What a run is made of before anything is loaded or started: names, machine, DeepSpeed's dict, data, places."""
+
+from dataclasses import replace
+from functools import partial
+
+from glm_finetune import dist, tuning
+from glm_finetune.data.cache import default_cache_dir
+from glm_finetune.data.dataset import InstructionDataset, collate
+from glm_finetune.data.files import paths_of
+from glm_finetune.data.flags import SHUFFLE_BUFFER
+from glm_finetune.data.sampler import StepSampler
+from glm_finetune.data.samples import settings_of
+from glm_finetune.errors import UserError, raise_together, unknown_choice
+from glm_finetune.models.original import DTYPES
+from glm_finetune.modes import MODE
+from glm_finetune.run import folder
+from glm_finetune.run.ds_config import precision_of, read_ds_file, resolve, stage_of
+from glm_finetune.run.engine import Partitioned
+from glm_finetune.tuning import TRAIN_TYPE
+from glm_finetune.tuning.quantize import Quantized
+from glm_finetune.weights import OnDevice
+
+
+def choose(config):
+    """TrainConfig -> (Mode, TrainType). Raises UserError with the nearest name for what is not registered."""
+    raise_together(
+        [
+            *unknown_choice("mode", config.mode, tuple(MODE)),
+            *unknown_choice("train_type", config.train_type, tuple(TRAIN_TYPE)),
+        ]
+    )
+    return MODE[config.mode], TRAIN_TYPE[config.train_type]
+
+
+def with_defaults(config, train_type):
+    """The config with the learning rate of the train type's recipe, where none is given."""
+    rate = train_type.learning_rate(config) if config.learning_rate is None else config.learning_rate
+    return replace(config, learning_rate=rate, given=config.given)
+
+
+def output_folder(config):
+    """(output_dir, whether results in it may go, inputs that must not be among them), see `folder.lock`."""
+    inputs = () if config.resume else (config.model_name_or_path, *paths_of(config.train_path, config.eval_path))
+    return config.output_dir, config.overwrite_output_dir or config.resume, inputs
+
+
+def settle(config):
+    """{name: part} of what follows from flags and machine alone."""
+    mode, train_type = choose(config)
+    config = with_defaults(config, train_type)
+    folder.check_output_dir(*output_folder(config))
+    dist.launch_environment()
+    (_, world_size), device = dist.launched(), dist.choose_device(config.device)
+    ds_json = read_ds_file(config.ds_file)
+    raise_together(tuning.problems(config, train_type, stage_of(ds_json)))
+    precision = dist.choose_precision(config.precision or precision_of(ds_json), device)
+    ds_config = resolve(ds_json, config, world_size, precision, device.type, train_type.fp32)
+    return dict(
+        config=config, mode=mode, train_type=train_type, device=device, precision=precision, ds_config=ds_config
+    )
+
+
+def load_data(config, mode, tokenizer):
+    """{name: part} of rows, evaluation rows, sampler and collate.
+
+    Raises UserError for fewer samples than ranks, and as InstructionDataset.
+    """
+    window = (config.shuffle_buffer or SHUFFLE_BUFFER) if config.streaming else None
+    options = dict(
+        settings=settings_of(config, mode, tokenizer),
+        progress=True,
+        cache_dir=config.cache_dir or default_cache_dir(),
+        overwrite_cache=config.overwrite_cache,
+        window=window,
+    )
+    rows = InstructionDataset(config.train_path, **options)
+    eval_rows = InstructionDataset(config.eval_path, **options) if config.eval_path else None
+    _, world_size = dist.launched()
+    if len(rows) < world_size:
+        raise UserError(
+            f"--train_path {config.train_path}: {len(rows)} samples for {world_size} ranks, some would have nothing to "
+            "do. Start fewer ranks or give more data."
+        )
+    lengths = rows.lengths() if config.group_by_length else None
+    per_step = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    sampler = StepSampler(len(rows), *per_step, world_size, config.seed, lengths=lengths, window=window)
+    max_len = config.max_len if config.packing else None
+    collate_rows = partial(collate, pad_token_id=tokenizer.pad_token_id, positions=mode.positions, max_len=max_len)
+    return dict(tokenizer=tokenizer, rows=rows, eval_rows=eval_rows, sampler=sampler, collate=collate_rows)
+
+
+def choose_place(config, train_type, ds_config, precision, device):
+    """Where the base's weights go as they are read: divided (ZeRO-3), quantised, or whole onto `device`."""
+    dtype = DTYPES[precision]
+    if ds_config["zero_optimization"]["stage"] == 3:
+        return Partitioned(dtype, device, ds_config)
+    if train_type.quantizes:
+        return Quantized(dtype, device, config.quantization_bit)
+    return OnDevice(dtype, device)
