@@ -16,6 +16,7 @@ from glm_finetune.data.packing import best_fit
 from glm_finetune.models import glm2, layers
 from glm_finetune.run.run import choose_place
 from glm_finetune.tuning import TRAIN_TYPE
+from tests.original_data import original_dataset
 
 every_mode = pytest.mark.parametrize("mode", MODE)
 MAX_LEN, SCALE = 128, 10
@@ -33,7 +34,7 @@ def samples(checkpoints, tmp_path_factory, rows):
 
     def of(mode):
         tokenizer = MODE[mode].tokenizer.from_pretrained(checkpoints[mode])
-        return MODE[mode].dataset(path, tokenizer, max_len=MAX_LEN, max_src_len=64)[:8], tokenizer
+        return original_dataset(mode, path, tokenizer, max_len=MAX_LEN, max_src_len=64)[:8], tokenizer
 
     return of
 

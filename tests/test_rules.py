@@ -19,7 +19,9 @@ TESTS = sorted(ROOT.glob("tests/**/*.py"))
 LEVELS = (
     ("errors", "config", "flags", "dist", "exits", "weights"),
     ("models",),
-    ("modes", "tuning", "data"),
+    ("modes", "tuning"),
+    ("data",),
+    ("objectives",),
     ("build",),
     ("run", "answer", "evaluate"),
 )

@@ -19,11 +19,9 @@ from glm_finetune.data.files import list_sources
 from glm_finetune.data.packing import best_fit
 from glm_finetune.data.prepare import in_memory
 from glm_finetune.data.report import NUM_SHOWN
-from glm_finetune.data.samples import Settings, check_limits
 from glm_finetune.data.stream import Stream
 from glm_finetune.errors import UserError
 from glm_finetune.models.loss import IGNORE, target_index
-from glm_finetune.modes.spec import Limits
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -101,17 +99,6 @@ class PreparedRows:
 
     def lengths(self):
         return np.diff(self.columns["ends"], prepend=0)[self.columns["index"]]
-
-
-def original_dataset(form, path, tokenizer, max_len=1024, max_src_len=256, is_skip=False, progress=False):
-    """Mode.dataset: the data set as ChatGLM-Finetuning makes it, an end token after cut answers included.
-
-    max_len, max_src_len: tokens of a sample, of its question. is_skip: leave out rows that do not fit instead of
-    cutting them. Raises UserError for limits that leave no room, and as InstructionDataset.
-    """
-    check_limits(max_len, max_src_len, form)
-    settings = Settings(form, tokenizer, Limits(max_len, max_src_len), too_long="drop" if is_skip else "cut")
-    return InstructionDataset(path, settings, progress)
 
 
 def collate(rows, pad_token_id, positions, max_len=None):

@@ -11,7 +11,6 @@ from functools import partial
 
 import torch
 
-from glm_finetune.data.dataset import original_dataset
 from glm_finetune.models.glm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from glm_finetune.modes.spec import Mode, finish_pair, split_turns
 from glm_finetune.modes.template import ANSWER, FIXED, SOURCE, Draft, Form
@@ -73,7 +72,6 @@ GLM = Mode(
     model=ChatGLMForConditionalGeneration,
     tokenizer=ChatGLMTokenizer,
     form=FORM,
-    dataset=partial(original_dataset, FORM),
     positions=positions,
     clean_response=clean_response,
     finish_turn=partial(finish_pair, clean_response),

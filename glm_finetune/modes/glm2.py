@@ -9,7 +9,6 @@ from functools import partial
 
 import torch
 
-from glm_finetune.data.dataset import original_dataset
 from glm_finetune.models.glm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration
 from glm_finetune.modes.spec import Mode, finish_pair, split_turns
 from glm_finetune.modes.template import ANSWER, FIXED, SOURCE, Draft, Form
@@ -84,7 +83,6 @@ GLM2 = Mode(
     model=ChatGLM2ForConditionalGeneration,
     tokenizer=ChatGLM2Tokenizer,
     form=FORM,
-    dataset=partial(original_dataset, FORM),
     positions=positions,
     clean_response=clean_response,
     finish_turn=partial(finish_pair, clean_response),

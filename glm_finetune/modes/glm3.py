@@ -7,9 +7,7 @@ conversation is one sample, without </s> between its messages.
 
 import ast
 import json
-from functools import partial
 
-from glm_finetune.data.dataset import original_dataset
 from glm_finetune.errors import UserError
 from glm_finetune.models.glm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration
 from glm_finetune.modes.glm2 import TINY_CONFIG, positions
@@ -117,7 +115,6 @@ GLM3 = Mode(
     model=ChatGLM2ForConditionalGeneration,
     tokenizer=ChatGLM3Tokenizer,
     form=FORM,
-    dataset=partial(original_dataset, FORM),
     positions=positions,
     clean_response=clean_response,
     finish_turn=finish_turn,

@@ -62,7 +62,6 @@ class Mode:
     clean_response(text, history) -> (response, history) as the original's process_response.
     finish_turn(history, query, role, text) -> (response, new history): the form of a history differs between modes.
     form: how a conversation is written, see modes/form.py; render and samples are its methods.
-    dataset(path, tokenizer, max_len=, max_src_len=, is_skip=): the data set with ChatGLM-Finetuning's settings.
     stop_token_ids(tokenizer) -> ids that end an answer.
     """
 
@@ -70,7 +69,6 @@ class Mode:
     config: type
     model: type
     tokenizer: type
-    dataset: Callable
     form: object
     positions: Callable
     clean_response: Callable
