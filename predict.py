@@ -108,7 +108,7 @@ def answer_batch(model, tokenizer, source, config, conversations):
     )
     new_ids = [answer_ids(ids[:limit], stop) for ids, limit in zip(output[:, width:].tolist(), limits)]
     answers = [tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip() for ids in new_ids]
-    return answers, sum(one.source_cut for one in rendered)
+    return answers, sum(one.question_cut for one in rendered)
 
 
 def answer_file(model, tokenizer, source, config, rows, path, done):

@@ -12,7 +12,7 @@ def original_dataset(mode, path, tokenizer, max_len=1024, max_src_len=256, is_sk
     max_len, max_src_len: tokens of a sample, of its question. is_skip: leave out rows that do not fit instead of
     cutting them. Raises UserError for limits that leave no room, and as InstructionDataset.
     """
-    form = MODE[mode].form
+    form = MODE[mode].template
     check_limits(max_len, max_src_len, form)
     settings = Settings(form, tokenizer, Limits(max_len, max_src_len), too_long="drop" if is_skip else "cut")
     return InstructionDataset(path, settings)

@@ -26,7 +26,7 @@ STREAM = dict(streaming=True, shuffle_buffer=4)
 
 def dataset(checkpoints, path, mode="glm3", window=None, limits=(128, 64), **options):
     tokenizer = MODE[mode].tokenizer.from_pretrained(checkpoints[mode])
-    return InstructionDataset(path, Settings(MODE[mode].form, tokenizer, Limits(*limits), **options), window=window)
+    return InstructionDataset(path, Settings(MODE[mode].template, tokenizer, Limits(*limits), **options), window=window)
 
 
 @pytest.mark.parametrize("num_files", [1, 3])

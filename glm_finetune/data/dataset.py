@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from glm_finetune.data.cache import prepared
-from glm_finetune.data.files import list_sources
+from glm_finetune.data.files import list_data_files
 from glm_finetune.data.packing import best_fit
 from glm_finetune.data.prepare import in_memory
 from glm_finetune.data.report import NUM_SHOWN
@@ -32,21 +32,21 @@ class InstructionDataset(Sequence):
     """
 
     def __init__(self, path, settings, progress=False, cache_dir=None, overwrite_cache=False, window=None):
-        """path: see `files.list_sources`. settings: `samples.settings_of`.
+        """path: see `files.list_data_files`. settings: `samples.settings_of`.
 
         cache_dir: prepare the samples there, or find them there (see `cache`); None: prepare them here, in memory, in
         this process. progress: show a bar while that is done. window: prepare nothing, render a row when it is asked
         for, best in windows of so many consecutive rows (see `stream`).
         Raises UserError for a bad row (file, line, field), or if no row is left; with a window when it is its turn.
         """
-        sources = list_sources(path)
+        data_files = list_data_files(path)
         if window:
-            self.rows = Stream(sources, settings, window, cache_dir)
+            self.rows = Stream(data_files, settings, window, cache_dir)
         elif cache_dir:
-            self.rows = PreparedRows(sources, prepared(sources, settings, cache_dir, overwrite_cache, progress))
+            self.rows = PreparedRows(data_files, prepared(data_files, settings, cache_dir, overwrite_cache, progress))
         else:
-            self.rows = PreparedRows(sources, in_memory(sources, settings, progress))
-        self.sources, self.report = sources, self.rows.report
+            self.rows = PreparedRows(data_files, in_memory(data_files, settings, progress))
+        self.data_files, self.report = data_files, self.rows.report
         if not len(self):
             bad = "".join(f"\n{problem}" for problem in self.report.bad[:NUM_SHOWN])
             raise UserError(
@@ -76,8 +76,8 @@ class InstructionDataset(Sequence):
 class PreparedRows:
     """`prepare.Samples` as rows; what is memory-mapped is read when a row is asked for."""
 
-    def __init__(self, sources, samples):
-        self.sources, self.columns, self.report = sources, samples.columns, samples.report
+    def __init__(self, data_files, samples):
+        self.data_files, self.columns, self.report = data_files, samples.columns, samples.report
 
     def __len__(self):
         return len(self.columns["index"])
@@ -95,7 +95,7 @@ class PreparedRows:
 
     def where(self, index):
         sample = self.columns["index"][index]
-        return self.sources[self.columns["sources"][sample]].where(self.columns["numbers"][sample])
+        return self.data_files[self.columns["files"][sample]].where(self.columns["numbers"][sample])
 
     def lengths(self):
         return np.diff(self.columns["ends"], prepend=0)[self.columns["index"]]
