@@ -31,7 +31,7 @@ from glm_finetune.data.report import Report
 from glm_finetune.errors import NotWritten, UserError
 from glm_finetune.weights import read_json, write_json
 
-FORMAT = 2
+FORMAT = 3
 HEADER = "header.json"
 CHECKED_BYTES = 2**28  # of an array; reading them takes a fraction of a second
 PACKAGE = Path(__file__).parents[1]
@@ -90,7 +90,7 @@ def key_of(data_files, contents, settings):
 
 def code_version():
     """Hash of the code that decides what a row becomes: a change of it makes no old cache wrong."""
-    files = sorted([*PACKAGE.glob("data/*.py"), *PACKAGE.glob("modes/*.py")])
+    files = sorted(path for room in ("data", "modes", "objectives") for path in PACKAGE.glob(f"{room}/*.py"))
     return hashlib.sha256("".join(_sha256(file) for file in files).encode()).hexdigest()
 
 
@@ -174,7 +174,7 @@ def _write(folder, data_files, settings, progress, num_workers, num_threads):
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / name, "wb")) for name in COLUMNS}
         for samples in tokenize(data_files, settings, workers, folder.parent, progress, num_threads):
-            for name, column in samples.after(counts["ends"], counts["input_ids"]).items():
+            for name, column in samples.after(counts).items():
                 files[name].write(column.data)
                 counts[name] += len(column)
             report.add(samples.report)

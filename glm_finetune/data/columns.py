@@ -15,11 +15,20 @@ from glm_finetune.data.report import Report
 COLUMNS = {
     "index": np.int64,  # (N,) the sample of each row: a weight repeats samples here, not their tokens
     "input_ids": np.int32,  # (T,)
-    "is_target": np.bool_,  # (T,) where the label is the token itself; elsewhere it is -100
+    "is_target": np.bool_,  # (T,) where there is a label; it is the token itself, elsewhere -100
     "ends": np.int64,  # (S,) where a sample ends in them; it begins where the one before ends
     "num_prefix": np.int32,  # (S,)
     "files": np.uint32,  # (S,) which of the files a sample is from
     "numbers": np.int64,  # (S,) line, entry or row of it, from 1
+}
+# Two samples, ids 7 8 9 and 5 6 of which 9 and 6 are targets, in a file of weight 2:
+# index 0 0 1 1    input_ids 7 8 9 5 6    is_target 0 0 1 0 1    ends 3 5    num_prefix 0 0    numbers 1 2
+
+# What only K of the samples have: values end to end, the sample of each, and where it ends in them. All empty where
+# the bits of is_target and Mode.positions say it all, as for questions and answers.
+SPECIAL = ("labels", "position_ids")  # (T,) each; positions (T,) or (2, T)
+COLUMNS |= {
+    name + part: dtype for name in SPECIAL for part, dtype in zip(("", "_of", "_ends"), (np.int32, np.int64, np.int64))
 }
 
 
@@ -30,10 +39,21 @@ class Samples:
     columns: dict
     report: Report
 
-    def after(self, num_samples, num_tokens):
-        """The columns of these samples when so many others lie in front of them."""
-        moved = {"index": self.columns["index"] + num_samples, "ends": self.columns["ends"] + num_tokens}
-        return {**self.columns, **moved}
+    def after(self, counts):
+        """The columns of these samples behind others. counts: elements of each column of those."""
+        shifts = {"index": "ends", "ends": "input_ids"}
+        for name in SPECIAL:
+            shifts |= {f"{name}_of": "ends", f"{name}_ends": name}
+        return self.columns | {name: self.columns[name] + counts[other] for name, other in shifts.items()}
+
+
+def special(columns, name, sample):
+    """The `labels` or `position_ids` that a sample has of its own, else None. -> (n,) int32"""
+    samples, ends = columns[f"{name}_of"], columns[f"{name}_ends"]
+    i = int(np.searchsorted(samples, sample))
+    if i == len(samples) or samples[i] != sample:
+        return None
+    return columns[name][int(ends[i - 1]) if i else 0 : int(ends[i])]
 
 
 class Builder:
@@ -42,16 +62,25 @@ class Builder:
     def __init__(self):
         self._parts, self._is_target, self._ends = [], [], []  # of all samples; where each ends in them
         self._numbers, self._times, self._num_prefix = [], [], []
+        self._special = {name: ([], []) for name in SPECIAL}  # which samples, their values
 
     def add(self, number, times, one):
         """A sample. number: of its row. times: how often it counts, 0: it is left out. one: a Rendered."""
         if times:
+            if one.draft.labels is not None:
+                self._add_special(one.draft)
             self._parts += one.ids
             self._is_target += one.draft.is_target
             self._ends.append(len(self._parts))
             self._numbers.append(number)
             self._times.append(times)
             self._num_prefix.append(one.num_prefix)
+
+    def _add_special(self, draft):
+        for name, (samples, values) in self._special.items():
+            if getattr(draft, name) is not None:
+                samples.append(len(self._ends))
+                values.append(np.ravel(getattr(draft, name)).astype(np.int32))
 
     def columns(self, position):
         """Arrays for each of COLUMNS. position: of the file among the files."""
@@ -66,4 +95,7 @@ class Builder:
             "files": np.full(num_samples, position),
             "numbers": self._numbers,
         }
+        for name, (samples, values) in self._special.items():
+            ends = np.cumsum([len(value) for value in values])
+            columns |= {name: np.concatenate(values or [[]]), f"{name}_of": samples, f"{name}_ends": ends}
         return {name: np.asarray(column, COLUMNS[name]) for name, column in columns.items()}

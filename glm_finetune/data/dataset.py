@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from glm_finetune.data.cache import prepared
+from glm_finetune.data.columns import SPECIAL, special
 from glm_finetune.data.files import list_data_files
 from glm_finetune.data.packing import best_fit
 from glm_finetune.data.prepare import in_memory
@@ -27,8 +28,8 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class InstructionDataset(Sequence):
-    """The samples of files: {"input_ids", "labels", "num_prefix"} of lists. `report` says what became of the rows,
-    `where(i)` which row sample i is from.
+    """The samples of files: {"input_ids", "labels", "num_prefix"} of lists, and "position_ids" where a sample has its
+    own. `report` says what became of the rows, `where(i)` which row sample i is from.
     """
 
     def __init__(self, path, settings, progress=False, cache_dir=None, overwrite_cache=False, window=None):
@@ -86,12 +87,18 @@ class PreparedRows:
         columns, ends, sample = self.columns, self.columns["ends"], int(self.columns["index"][index])
         place = slice(int(ends[sample - 1]) if sample else 0, int(ends[sample]))
         ids = columns["input_ids"][place]
-        labels = np.where(columns["is_target"][place], ids, IGNORE)
-        return {
+        labels, position_ids = (special(columns, name, sample) for name in SPECIAL)
+        if labels is None:
+            labels = np.where(columns["is_target"][place], ids, IGNORE)
+        row = {
             "input_ids": ids.tolist(),
             "labels": labels.tolist(),
             "num_prefix": int(columns["num_prefix"][sample]),
         }
+        if position_ids is not None:
+            shape = (2, -1) if len(position_ids) > len(ids) else -1
+            row["position_ids"] = position_ids.reshape(shape).tolist()
+        return row
 
     def where(self, index):
         sample = self.columns["index"][index]
@@ -139,8 +146,14 @@ def collate(rows, pad_token_id, positions, max_len=None):
 
 
 def packed_positions(rows, positions, width):
-    """(width,) or (2, width) int64: each sample's own positions, 0 for padding."""
-    joined = torch.cat([positions(len(row["input_ids"]), row["num_prefix"]) for row in rows], -1)
+    """(width,) or (2, width) int64: each sample's own positions, where it has none `positions`, 0 for padding."""
+    own = [
+        torch.tensor(row["position_ids"])
+        if "position_ids" in row
+        else positions(len(row["input_ids"]), row["num_prefix"])
+        for row in rows
+    ]
+    joined = torch.cat(own, -1)
     return F.pad(joined, (0, width - joined.shape[-1]))
 
 

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import sys
 import threading
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -153,11 +153,11 @@ def _tasks(data_files, settings, cache_dir):
 
 def in_memory(data_files, settings, progress=False):
     """The Samples of all files together, prepared in this process."""
-    parts, report, num_samples, num_tokens = [], Report(settings.too_long), 0, 0
+    parts, report, counts = [], Report(settings.too_long), Counter()
     for samples in tokenize(data_files, settings, progress=progress):
-        parts.append(samples.after(num_samples, num_tokens))
+        parts.append(samples.after(counts))
+        counts.update({name: len(column) for name, column in parts[-1].items()})
         report.add(samples.report)
-        num_samples, num_tokens = num_samples + len(parts[-1]["ends"]), num_tokens + len(parts[-1]["input_ids"])
     return Samples({name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}, report)
 
 

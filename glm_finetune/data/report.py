@@ -10,6 +10,7 @@ print(report)
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,8 @@ class Report:
         self.rows += 1
         kept, has_target = [], False
         for one in rendered:
-            learns = one.has_target
+            targets = compress(one.ids, one.draft.is_target)
+            learns = any(map(len, targets))
             has_target = has_target or learns
             self.question_cut += times * one.question_cut
             self.answer_cut += times * one.answer_cut

@@ -38,8 +38,11 @@ class Settings:
     drafts: Callable = Template.drafts
 
 
-def settings_of(config, mode, tokenizer):
-    """Flags -> Settings. Raises UserError for lengths that leave no room and names that no format has."""
+def settings_of(config, mode, tokenizer, drafts=Template.drafts):
+    """Flags -> Settings. drafts: of the objective.
+
+    Raises UserError for lengths that leave no room and names that no format has.
+    """
     check_limits(config.max_len, config.max_src_len, mode.template, min_room=1)
     cuts = config.truncation in TRUNCATIONS
     limits = Limits(
@@ -59,6 +62,7 @@ def settings_of(config, mode, tokenizer):
         parse_columns(config.columns),
         config.prompt_text or "",
         config.on_bad_row,
+        drafts,
     )
 
 

@@ -11,7 +11,6 @@ makes preparation fast.
 from bisect import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain, compress
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +26,8 @@ class Draft(NamedTuple):
 
     messages, trained: what it is made of, see Template.draft. parts: a str is a text to encode, a tuple has ids, which
     are never cut. kinds, is_target: of each part. num_prefix_parts: how many of them are the bidirectional prefix.
+    labels: (T,) list, where they are not the targets' own ids; position_ids: beside them, (T,) or (2, T) list, where
+    they are not Mode.positions. Such a draft has no text and is never cut.
     """
 
     # ChatGLM2, "你好" -> "好": parts     (64790, 64792)  "[Round 1]\n\n问：你好\n\n答："  "好"    (2,)
@@ -38,6 +39,8 @@ class Draft(NamedTuple):
     kinds: tuple
     is_target: tuple
     num_prefix_parts: int = 0
+    labels: list | None = None
+    position_ids: list | None = None
 
     @property
     def answer_empty(self):
@@ -58,35 +61,31 @@ class Rendered(NamedTuple):
 
     @property
     def input_ids(self):
-        return list(chain.from_iterable(part.tolist() for part in self.ids))
+        return np.concatenate(self.ids).tolist()
 
     @property
     def labels(self):
         """As long as input_ids, not shifted; -100 = not a target."""
-        return [
-            label if learns else IGNORE
-            for part, learns in zip(self.ids, self.draft.is_target)
-            for label in part.tolist()
-        ]
-
-    @property
-    def row(self):
-        """A row of a data set."""
-        return {"input_ids": self.input_ids, "labels": self.labels, "num_prefix": self.num_prefix}
-
-    @property
-    def has_target(self):
-        return any(map(len, compress(self.ids, self.draft.is_target)))
+        if self.draft.labels is not None:
+            return self.draft.labels
+        parts = zip(self.ids, self.draft.is_target)
+        return np.concatenate([part if learns else np.full_like(part, IGNORE) for part, learns in parts]).tolist()
 
     @property
     def num_prefix(self):
         """Tokens of the bidirectional prefix (0 in causal modes)."""
-        return sum(map(len, self.ids[: self.draft.num_prefix_parts]))
+        return sum(map(len, self.ids[: self.draft.num_prefix_parts])) if self.draft.num_prefix_parts else 0
 
     @property
     def num_question(self):
         """Tokens before the last answer that Limits.max_src_len counts."""
         return num_tokens(self.draft, self.ids)[0]
+
+    @property
+    def row(self):
+        """A row of a data set."""
+        row = {"input_ids": self.input_ids, "labels": self.labels, "num_prefix": self.num_prefix}
+        return row if self.draft.position_ids is None else {**row, "position_ids": self.draft.position_ids}
 
 
 @dataclass(frozen=True)
@@ -121,26 +120,20 @@ class Template:
         encode: function, parts -> their ids (`tokenizer.encode_parts`, or what remembers). limits: None = no limit.
         Joined answers: those that fit together are one sample, each of the others its own. A text: pieces.
         """
-        ids = encode(draft.parts)
+        ids, trained = encode(draft.parts), draft.trained
+        if draft.labels is not None:
+            assert not limits or len(draft.labels) <= limits.max_len, f"{len(draft.labels)} tokens, {limits}"
+            return [Rendered(draft, ids)]
         if draft.messages[0]["role"] == "text":
             return self._pieces(draft, ids, limits)
-        if self._fits(draft, ids, limits):
-            return [Rendered(draft, ids)]
-        trained = draft.trained
-        if len(trained) < 2:
-            return [self._alone(tokenizer, draft, ids, encode, limits, style)]
-
-        def first_answers(count):
-            draft_of_them = self.draft(tokenizer, draft.messages, style, trained[:count])
-            return draft_of_them, encode(draft_of_them.parts)
-
-        # max_len 40, answers that end at tokens 20, 35, 50: the first two are one sample, the third is cut on its own
-        num_joined = bisect(
-            range(1, len(trained)), False, key=lambda count: not self._fits(*first_answers(count), limits)
-        )
-        joined = [Rendered(*first_answers(num_joined))] if num_joined else []
+        if len(trained) < 2 or self._fits(draft, ids, limits):
+            return [self._alone(tokenizer, draft, encode, limits, style)]
+        # max_len 40, answers that end at tokens 20, 35 and 50: the first two are one sample, the third is cut alone
+        joined = [self.draft(tokenizer, draft.messages, style, trained[:count]) for count in range(1, len(trained))]
+        num_joined = bisect(joined, False, key=lambda one: not self._fits(one, encode(one.parts), limits))
         alone = [self.draft(tokenizer, draft.messages, style, [i]) for i in trained[num_joined:]]
-        return joined + [self._alone(tokenizer, one, encode(one.parts), encode, limits, style) for one in alone]
+        kept = [*joined[:num_joined][-1:], *alone]
+        return [self._alone(tokenizer, one, encode, limits, style) for one in kept]
 
     def render(self, tokenizer, messages, limits=None, style="train"):
         """See Mode.render."""
@@ -149,7 +142,7 @@ class Template:
         last = len(messages) - 1
         trained = [last] if messages[last]["role"] == "assistant" else []
         draft = self.draft(tokenizer, messages, style, trained)
-        return self._alone(tokenizer, draft, tokenizer.encode_parts(draft.parts), tokenizer.encode_parts, limits, style)
+        return self._alone(tokenizer, draft, tokenizer.encode_parts, limits, style)
 
     def samples(self, tokenizer, messages, limits=None, style="train", train_on="all"):
         """See Mode.samples."""
@@ -163,8 +156,9 @@ class Template:
         num_question, num_answer = num_tokens(draft, ids)
         return num_question <= limits.max_src_len and num_question + num_answer <= limits.max_len - self.overhead
 
-    def _alone(self, tokenizer, draft, ids, encode, limits, style):
-        """One answer (or none: a prompt) after all that is before it."""
+    def _alone(self, tokenizer, draft, encode, limits, style):
+        """A draft of one answer (or none: a prompt) -> Rendered."""
+        ids = encode(draft.parts)
         if self._fits(draft, ids, limits):
             return Rendered(draft, ids)
         question_cut = num_tokens(draft, ids)[0] > limits.max_src_len
