@@ -77,7 +77,7 @@ def answer_batch(model, tokenizer, folder, config, conversations):
     lengths = [config.max_new_tokens or config.max_length - len(prompt) for prompt in prompts]
     rows = generate(model, tokenizer, folder.mode, prompts, lengths, **sampling_of(config))
     texts = [tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip() for ids in rows]
-    return texts, sum(one.source_cut for one in rendered)
+    return texts, sum(one.question_cut for one in rendered)
 
 
 def answer_file(model, tokenizer, folder, config, rows, path, done):

@@ -42,7 +42,7 @@ sys.path.insert(0, str(ROOT))
 from glm_finetune import MODE  # noqa: E402 (the repository is not installed)
 from glm_finetune.data import cache  # noqa: E402
 from glm_finetune.data.dataset import InstructionDataset, collate  # noqa: E402
-from glm_finetune.data.files import list_sources  # noqa: E402
+from glm_finetune.data.files import list_data_files  # noqa: E402
 from glm_finetune.data.sampler import Progress, StepSampler  # noqa: E402
 from glm_finetune.data.samples import Settings  # noqa: E402
 from glm_finetune.modes.spec import Limits  # noqa: E402
@@ -87,12 +87,12 @@ def secs(function, *args):
 def settings_of(tokenizer_folder, limits=LIMITS):
     """Those of ChatGLM-Finetuning, with whose rows ours are compared."""
     tokenizer = MODE[MODE_NAME].tokenizer.from_pretrained(tokenizer_folder)
-    return Settings(MODE[MODE_NAME].form, tokenizer, limits)
+    return Settings(MODE[MODE_NAME].template, tokenizer, limits)
 
 
 def prepare(path, settings, num_workers, num_threads=None):
     with tempfile.TemporaryDirectory() as folder:
-        cache.prepared(list_sources(path), settings, folder, num_workers=num_workers, num_threads=num_threads)
+        cache.prepared(list_data_files(path), settings, folder, num_workers=num_workers, num_threads=num_threads)
 
 
 def rows_per_s(folder, settings, counts, repeats):
@@ -165,7 +165,7 @@ def run_child(task, path, cache_dir, tokenizer_folder):
     """In the child: prepare a file with all cores, or start on a prepared one and build the first batch."""
     settings, cores = settings_of(tokenizer_folder), len(os.sched_getaffinity(0))
     if task == "prepare":
-        return secs(lambda: cache.prepared(list_sources(path), settings, cache_dir, num_workers=cores))
+        return secs(lambda: cache.prepared(list_data_files(path), settings, cache_dir, num_workers=cores))
     start = time.perf_counter()
     data = InstructionDataset(path, settings, cache_dir=cache_dir, progress=True)
     opened = time.perf_counter() - start

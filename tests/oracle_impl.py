@@ -17,6 +17,7 @@ from glm_finetune.data.dataset import collate
 from glm_finetune.models.layers import rotary_angles
 from glm_finetune.modes.glm2 import prompt
 from glm_finetune.tuning.adapter import load_adapter
+from tests.original_data import original_dataset
 
 
 def load_model(checkpoint_dir, mode):
@@ -69,7 +70,7 @@ def special_id(tokenizer, mode, token):
 
 
 def build_dataset(path, tokenizer, mode, max_len, max_src_len, is_skip):
-    return MODE[mode].dataset(path, tokenizer, max_len=max_len, max_src_len=max_src_len, is_skip=is_skip)
+    return original_dataset(mode, path, tokenizer, max_len=max_len, max_src_len=max_src_len, is_skip=is_skip)
 
 
 def build_collator(tokenizer, mode):

@@ -42,7 +42,7 @@ def dataset(checkpoints, tmp_path):
     def make(content, name="data.jsonl", **options):
         (tmp_path / name).write_bytes(content)
         tokenizer = MODE["glm3"].tokenizer.from_pretrained(checkpoints["glm3"])
-        settings = Settings(MODE["glm3"].form, tokenizer, Limits(400, 200, "tail", False), **options)
+        settings = Settings(MODE["glm3"].template, tokenizer, Limits(400, 200, "tail", False), **options)
         return InstructionDataset(tmp_path / name, settings)
 
     return make
@@ -149,7 +149,7 @@ def mutants(value):
 @pytest.mark.parametrize("name", RICH)
 def test_whatever_is_in_a_row_is_a_sample_or_one_clear_error(name, checkpoints):
     tokenizer = MODE["glm3"].tokenizer.from_pretrained(checkpoints["glm3"])
-    settings = Settings(MODE["glm3"].form, tokenizer, Limits(400, 200, "head", False), data_format=name)
+    settings = Settings(MODE["glm3"].template, tokenizer, Limits(400, 200, "head", False), data_format=name)
     assert prepare_row("file, line 7", RICH[name], settings)
     outcomes = []
     for mutant in mutants(RICH[name]):
@@ -212,9 +212,9 @@ def test_control_characters_are_text(dataset):
 
 
 def test_missing_files_are_named(tmp_path):
-    refused(lambda: files.list_sources(tmp_path / "a.json"), "a.json: no such file", "hf://owner/name")
+    refused(lambda: files.list_data_files(tmp_path / "a.json"), "a.json: no such file", "hf://owner/name")
     (tmp_path / "b.json").write_text("{}")
-    refused(lambda: files.list_sources(f"{tmp_path}/b.json,{tmp_path}/c.json:2"), "c.json: no such file")
+    refused(lambda: files.list_data_files(f"{tmp_path}/b.json,{tmp_path}/c.json:2"), "c.json: no such file")
 
 
 # Skipping

@@ -15,6 +15,7 @@ from glm_finetune.convert.flags import MergeConfig
 from glm_finetune.flags import parse
 from glm_finetune.run.ds_config import precision_of, read_ds_file, resolve
 from glm_finetune.run.parts import choose
+from tests.original_data import original_dataset
 from tests.refusal import refused
 
 NEEDED = ["--model_name_or_path", "base", "--train_path", "data", "--output_dir", "out"]
@@ -156,7 +157,7 @@ def dataset(checkpoints, tmp_path):
         (tmp_path / "data.json").write_bytes(content)
         tokenizer = MODE[mode].tokenizer.from_pretrained(checkpoints[mode])
         limits = {"max_len": 100, "max_src_len": 50, **limits}
-        return MODE[mode].dataset(str(tmp_path / "data.json"), tokenizer, **limits)
+        return original_dataset(mode, str(tmp_path / "data.json"), tokenizer, **limits)
 
     return read
 
@@ -203,7 +204,7 @@ def test_files_of_other_editors_are_read(dataset, content):
 
 def test_a_missing_data_file_is_named(checkpoints, tmp_path):
     tokenizer = MODE["glm3"].tokenizer.from_pretrained(checkpoints["glm3"])
-    refused(lambda: MODE["glm3"].dataset(str(tmp_path / "none.json"), tokenizer), "none.json: no such file")
+    refused(lambda: original_dataset("glm3", str(tmp_path / "none.json"), tokenizer), "none.json: no such file")
 
 
 @every_mode

@@ -17,7 +17,7 @@ from glm_finetune import MODE
 from glm_finetune.data import blocks, cache, prepare
 from glm_finetune.data.columns import COLUMNS
 from glm_finetune.data.dataset import InstructionDataset
-from glm_finetune.data.files import list_sources
+from glm_finetune.data.files import list_data_files
 from glm_finetune.data.formats import FORMATS
 from glm_finetune.data.samples import Settings
 from glm_finetune.modes.spec import Limits
@@ -35,7 +35,7 @@ def settings(checkpoints):
 
 def settings_of(mode, checkpoints, **options):
     tokenizer = MODE[mode].tokenizer.from_pretrained(checkpoints[mode])
-    return Settings(MODE[mode].form, tokenizer, **{"limits": LIMITS, **options})
+    return Settings(MODE[mode].template, tokenizer, **{"limits": LIMITS, **options})
 
 
 def dataset(settings, path, cache_dir, **options):
@@ -43,11 +43,11 @@ def dataset(settings, path, cache_dir, **options):
 
 
 def prepared(path, settings, cache_dir, num_workers=None):
-    return cache.prepared(list_sources(path), settings, cache_dir, num_workers=num_workers)
+    return cache.prepared(list_data_files(path), settings, cache_dir, num_workers=num_workers)
 
 
 def key_of(path, settings):
-    sources = list_sources(path)
+    sources = list_data_files(path)
     return cache.key_of(sources, [blocks.content_of(source) for source in sources], settings)
 
 
@@ -88,7 +88,7 @@ def test_a_second_start_reads_nothing_but_the_cache(settings, data_file, tmp_pat
 
 
 def layout_of(path, cache_dir):
-    (source,) = list_sources(path)
+    (source,) = list_data_files(path)
     return blocks.layout_of(source, path, cache_dir)
 
 
@@ -133,20 +133,26 @@ def test_other_content_with_the_size_and_time_of_the_old_is_noticed(settings, da
     assert list(dataset(settings, data_file, tmp_path / "cache")) != list(first)
 
 
+def no_drafts(template, tokenizer, messages, style, train_on):
+    """Settings.drafts of an objective that trains nothing."""
+    return []
+
+
 def test_the_name_of_the_cache_follows_from_all_that_decides_the_rows(settings, checkpoints, data_file, tmp_path):
     folder = shutil.copytree(checkpoints["glm3"], tmp_path / "base")
     (folder / "tokenizer_config.json").write_text('{"do_lower_case": true}')
     changes = {
-        "form": [MODE["glm2"].form],
+        "template": [MODE["glm2"].template],
         "tokenizer": [MODE["glm3"].tokenizer.from_pretrained(folder), settings_of("glm2", checkpoints).tokenizer],
         "limits": [Limits(127, 64), Limits(128, 63), Limits(128, 64, "head"), Limits(128, 64, end_cut_answers=False)],
-        "template": ["official"],
+        "style": ["official"],
         "train_on": ["last"],
         "too_long": ["drop", "error"],
         "data_format": ["instruction"],
         "columns": [{"input": "text"}],
         "prompt_text": ["x"],
         "on_bad_row": ["skip"],
+        "drafts": [no_drafts],
     }
     assert changes.keys() == {item.name for item in fields(Settings)}
     others = [replace(settings, **{name: value}) for name, values in changes.items() for value in values]
@@ -276,10 +282,10 @@ def test_no_room_for_the_cache_is_said_with_the_flag(settings, data_file, tmp_pa
 
 KILLED = """
 import sys
-from tests.test_cache import MODE, LIMITS, Settings, blocks, cache, prepared, SLOW_FORM
+from tests.test_cache import MODE, LIMITS, Settings, blocks, cache, prepared, SLOW_TEMPLATE
 blocks.BLOCK_BYTES = 300
 base, data, folder, num_workers = sys.argv[1:]
-settings = Settings(SLOW_FORM, MODE["glm3"].tokenizer.from_pretrained(base), LIMITS)
+settings = Settings(SLOW_TEMPLATE, MODE["glm3"].tokenizer.from_pretrained(base), LIMITS)
 cache.key_of = lambda *args: "key"
 prepared(data, settings, folder, int(num_workers))
 """
@@ -290,10 +296,10 @@ def slow_draft(tokenizer, messages, *args):
     if "never" in messages[0]["content"]:
         print("half", flush=True)
         time.sleep(600)
-    return MODE["glm3"].form.draft(tokenizer, messages, *args)
+    return MODE["glm3"].template.draft(tokenizer, messages, *args)
 
 
-SLOW_FORM = replace(MODE["glm3"].form, draft=slow_draft)
+SLOW_TEMPLATE = replace(MODE["glm3"].template, draft=slow_draft)
 
 
 @pytest.mark.slow

@@ -47,10 +47,10 @@ TALK = [user("水温高"), answer("先看风扇。"), user("风扇转"), answer(
 )
 def test_ids_and_labels_are_those_of_the_official_data_classes(mode, case):
     settings = Settings(
-        MODE[mode].form,
+        MODE[mode].template,
         tokenizer_of(mode),
         WIDE,
-        template="official_rounds",
+        style="official_rounds",
         train_on="last" if "history" in case["row"] else "all",
         data_format=detect([case["row"]]).name,
     )
@@ -63,8 +63,10 @@ def test_the_official_templates_differ_in_chatglm_6bs_first_question_only():
     for mode, group in RECORDED.items():
         for case in group["cases"]:
             messages = detect([case["row"]]).messages(case["row"])
-            first, second = (MODE[mode].samples(tokenizer_of(mode), messages, None, t, "last") for t in TEMPLATES[1:])
-            assert (first == second) == (mode != "glm" or len(case["row"]["history"]) > 0)
+            (first,), (second,) = (
+                MODE[mode].samples(tokenizer_of(mode), messages, None, style, "last") for style in TEMPLATES[1:]
+            )
+            assert (first.row == second.row) == (mode != "glm" or len(case["row"]["history"]) > 0)
 
 
 # Training and prediction
@@ -140,18 +142,19 @@ def test_a_single_turn_is_one_sample_that_is_rendered_as_ever(mode):
     for limits in (None, WIDE, Limits(40, 12), Limits(30, 20, "head", False)):
         talk = [user("发动机水温高怎么办？" * 3), answer("换节温器。" * 4)]
         tokenizer = tokenizer_of(mode)
-        assert MODE[mode].samples(tokenizer, talk, limits) == [MODE[mode].render(tokenizer, talk, limits)]
+        (sample,) = MODE[mode].samples(tokenizer, talk, limits)
+        assert sample.row == MODE[mode].render(tokenizer, talk, limits).row
 
 
 def test_chatglm3_trains_a_conversation_as_one_sample_and_cuts_only_what_does_not_fit():
     tokenizer, mode = tokenizer_of("glm3"), MODE["glm3"]
     whole = mode.samples(tokenizer, TALK, WIDE)
     assert len(whole) == 1
-    limits = Limits(200, mode.samples(tokenizer, TALK[:4], WIDE)[0].num_source)  # the third prompt is too long
+    limits = Limits(200, mode.samples(tokenizer, TALK[:4], WIDE)[0].num_question)  # the third prompt is too long
     first, second = mode.samples(tokenizer, TALK, limits)
     ends = [mode.samples(tokenizer, TALK[:4], WIDE)[0].input_ids[:-1], [tokenizer.get_command("<|user|>")]]
     assert first.input_ids == sum(ends, [])
-    assert second == mode.render(tokenizer, TALK, limits) and second.source_cut and not first.source_cut
+    assert second.row == mode.render(tokenizer, TALK, limits).row and second.question_cut and not first.question_cut
 
 
 def test_a_conversation_in_parts_ends_every_answer_with_what_follows_it():
@@ -169,7 +172,7 @@ def test_a_conversation_in_parts_ends_every_answer_with_what_follows_it():
 def test_a_system_text_stands_before_the_first_question_where_there_is_no_such_role(mode):
     tokenizer, render = tokenizer_of(mode), MODE[mode].render
     system = {"role": "system", "content": "要简短"}
-    assert render(tokenizer, [system, user("你好")]) == render(tokenizer, [user("要简短\n你好")])
+    assert render(tokenizer, [system, user("你好")]).row == render(tokenizer, [user("要简短\n你好")]).row
     refused(lambda: render(tokenizer, [system]), "roles ['system']")
 
 
@@ -213,7 +216,7 @@ def test_no_text_in_a_row_becomes_a_special_token(mode):
     for name, shape in shapes.items():
         special = []
         for text in ("风", hostile):
-            settings = Settings(MODE[mode].form, tokenizer, WIDE, data_format=name)
+            settings = Settings(MODE[mode].template, tokenizer, WIDE, data_format=name)
             ids = [s.input_ids for s in prepare_row("row", shape(text), settings)]
             special.append([[i for i in row if i in tokenizer.special_ids] for row in ids])
             assert all(ids)

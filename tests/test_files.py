@@ -21,17 +21,17 @@ __all__ = ["settings"]  # a fixture
 def test_a_stray_comma_is_named_and_means_no_folder(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a.jsonl")
-    refused(lambda: files.list_sources(text), repr(text), "comma")
+    refused(lambda: files.list_data_files(text), repr(text), "comma")
 
 
 def test_a_list_may_be_longer_than_any_file_name(tmp_path):
     path = write(tmp_path / "a.jsonl")
-    assert len(files.list_sources(",".join([f"{path}:.5"] * 500))) == 500
+    assert len(files.list_data_files(",".join([f"{path}:.5"] * 500))) == 500
 
 
 @pytest.mark.parametrize("weight", ["0", "-1", "-.5"])
 def test_a_weight_that_is_none_is_named(weight, tmp_path):
-    refused(lambda: files.list_sources(f"{write(tmp_path / 'a.jsonl')}:{weight}"), "a weight must be above 0")
+    refused(lambda: files.list_data_files(f"{write(tmp_path / 'a.jsonl')}:{weight}"), "a weight must be above 0")
 
 
 def test_a_number_too_long_for_python_is_a_bad_row_with_its_place(tmp_path, settings):

@@ -18,7 +18,7 @@ from glm_finetune.data import files
 from glm_finetune.data.blocks import fingerprint
 from glm_finetune.data.dataset import InstructionDataset
 from glm_finetune.data.formats import FORMATS, detect, parse_columns, renamed
-from glm_finetune.data.samples import Settings, of_source, prepare_row, read_questions, settings_of
+from glm_finetune.data.samples import Settings, of_file, prepare_row, read_questions, settings_of
 from glm_finetune.flags import parse
 from glm_finetune.modes.spec import Limits
 from tests.ranks import run_ranks, train_arguments, train_main
@@ -51,7 +51,7 @@ def settings(checkpoints):
 
     def make(mode="glm3", **options):
         tokenizer = MODE[mode].tokenizer.from_pretrained(checkpoints[mode])
-        return Settings(MODE[mode].form, tokenizer, **{"limits": WIDE, **options})
+        return Settings(MODE[mode].template, tokenizer, **{"limits": WIDE, **options})
 
     return make
 
@@ -245,7 +245,7 @@ def test_a_folder_is_all_its_files_in_order(tmp_path):
         write(tmp_path / name, CONTENTS["a" + Path(name).suffix])
     write(tmp_path / "README.md", b"no data")
     write(tmp_path / ".hidden.jsonl", b"no data")
-    assert [Path(source.path).name for source in files.list_sources(tmp_path)] == ["a.csv", "b.jsonl", "c.json"]
+    assert [Path(source.path).name for source in files.list_data_files(tmp_path)] == ["a.csv", "b.jsonl", "c.json"]
     assert rows_in(tmp_path) == ROWS * 3
     (tmp_path / "empty").mkdir()
     refused(lambda: rows_in(tmp_path / "empty"), "empty: no file of .json")
@@ -319,7 +319,8 @@ def test_settings_are_those_of_the_flags_and_travel_to_other_processes(checkpoin
     assert settings.limits == Limits(1024, 256, "head", end_cut_answers=False)
     assert (settings.columns, settings.train_on, settings.too_long) == ({"answer": "reply"}, "last", "cut")
     row = {"question": "水温高", "reply": "换节温器"}
-    assert prepare_row("a", row, pickle.loads(pickle.dumps(settings))) == prepare_row("a", row, settings)
+    rows = [prepare_row("a", row, known)[0].row for known in (pickle.loads(pickle.dumps(settings)), settings)]
+    assert rows[0] == rows[1]
     config = parse(TrainConfig, [*arguments, "--data_format", "question_anser"])
     refused(lambda: settings_of(config, MODE["glm3"], tokenizer), "--data_format", "Did you mean question_answer?")
 
@@ -374,7 +375,7 @@ def test_plain_text_is_cut_into_pieces_that_lose_nothing(mode, settings):
 def test_formats_are_told_file_by_file(settings):
     data = InstructionDataset(",".join(str(path) for path in SAMPLES), settings())
     assert data.report.rows == sum(len(rows_in(path)) for path in SAMPLES)
-    names = {of_source(source, settings()).data_format for source in data.sources}
+    names = {of_file(source, settings()).data_format for source in data.data_files}
     assert names == set(FORMATS)
 
 

@@ -11,6 +11,7 @@ from glm_finetune.models import layers, loss
 from glm_finetune.models.glm2 import inverse_frequencies
 from glm_finetune.models.layers import rotary_angles
 from glm_finetune.weights import write_json
+from tests.original_data import original_dataset
 
 every_mode = pytest.mark.parametrize("mode", MODE)
 
@@ -24,7 +25,7 @@ def load(mode, checkpoints, dtype=torch.float32, **config_changes):
 
 def dataset(mode, checkpoints, data_file):
     tokenizer = MODE[mode].tokenizer.from_pretrained(checkpoints[mode])
-    return MODE[mode].dataset(data_file, tokenizer, max_len=128, max_src_len=64), tokenizer
+    return original_dataset(mode, data_file, tokenizer, max_len=128, max_src_len=64), tokenizer
 
 
 def batch_of(rows, mode, tokenizer):

@@ -10,11 +10,13 @@ import torch.nn.functional as F
 
 from glm_finetune import MODE, build
 from glm_finetune.config import TrainConfig
+from glm_finetune.data import packing
 from glm_finetune.data.dataset import collate
 from glm_finetune.data.packing import best_fit
 from glm_finetune.models import glm2, layers, prefixes
 from glm_finetune.run.parts import choose_place
 from glm_finetune.tuning import TRAIN_TYPE
+from tests.original_data import original_dataset
 
 every_mode = pytest.mark.parametrize("mode", MODE)
 MAX_LEN, SCALE = 128, 10
@@ -32,7 +34,7 @@ def samples(checkpoints, tmp_path_factory, rows):
 
     def of(mode):
         tokenizer = MODE[mode].tokenizer.from_pretrained(checkpoints[mode])
-        return MODE[mode].dataset(path, tokenizer, max_len=MAX_LEN, max_src_len=64)[:8], tokenizer
+        return original_dataset(mode, path, tokenizer, max_len=MAX_LEN, max_src_len=64)[:8], tokenizer
 
     return of
 
@@ -157,6 +159,63 @@ def test_best_fit_places_every_sample_once_in_rows_that_are_not_too_long():
 )
 def test_best_fit_needs_few_rows_of_even_width(lengths, max_len, widths):
     assert sorted(sum(lengths[i] for i in packed) for packed in best_fit(lengths, max_len)) == widths
+
+
+def padded_size(bins, lengths):
+    """Tokens of a batch, padding included."""
+    return len(bins) * max(sum(lengths[i] for i in packed) for packed in bins)
+
+
+def tried_all(lengths, max_len):
+    """The smallest batch of best-fit decreasing and of an even spread over any number of rows, with no short cut."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    found = [packing._fill(lengths, order, max_len)]
+    found += [packing._spread(lengths, order, count) for count in range(len(found[0]), len(lengths) + 1)]
+    fitting = [bins for bins in found if max(sum(lengths[i] for i in packed) for packed in bins) <= max_len]
+    return min(padded_size(bins, lengths) for bins in fitting)
+
+
+def partitions(items):
+    """Every way to lay items in rows."""
+    if not items:
+        yield []
+        return
+    for rest in partitions(items[1:]):
+        yield [[items[0]], *rest]
+        for i in range(len(rest)):
+            yield [*rest[:i], [items[0], *rest[i]], *rest[i + 1 :]]
+
+
+def test_best_fit_pads_no_more_than_every_number_of_rows_tried():
+    rng = random.Random(1)
+    for _ in range(300):
+        max_len = rng.randint(50, 2000)
+        lengths = [rng.randint(1, max_len // rng.randint(1, 6)) for _ in range(rng.randint(1, 64))]
+        assert padded_size(best_fit(lengths, max_len), lengths) == tried_all(lengths, max_len)
+
+
+def test_best_fit_is_near_the_best_of_all_arrangements():
+    rng, found, least = random.Random(2), 0, 0
+    for _ in range(40):
+        lengths = [rng.randint(40, 300) for _ in range(rng.randint(2, 7))]
+        fitting = [r for r in partitions(range(len(lengths))) if all(sum(lengths[i] for i in p) <= 600 for p in r)]
+        best = min(padded_size(rows, lengths) for rows in fitting)
+        size = padded_size(best_fit(lengths, 600), lengths)
+        assert best <= size <= 1.15 * best
+        found, least = found + size, least + best
+    assert found <= 1.03 * least
+
+
+@pytest.mark.parametrize("num_samples", [256, 512])
+def test_a_large_micro_batch_tries_few_numbers_of_rows(num_samples, monkeypatch):
+    rng, counts = random.Random(0), []
+    lengths = [rng.randint(40, 300) for _ in range(num_samples)]
+    width, spread = packing._spread_width, packing._spread
+    monkeypatch.setattr(packing, "_spread_width", lambda *args: counts.append(args[1]) or width(*args))
+    monkeypatch.setattr(packing, "_spread", lambda *args: counts.append(args[2]) or spread(*args))
+    bins = best_fit(lengths, 2048)
+    assert 1 < len(counts) <= packing.MAX_TRIED + 1 < num_samples / 2
+    assert padded_size(bins, lengths) <= 1.01 * sum(lengths)
 
 
 @pytest.mark.parametrize("mode", ["glm2", "glm3"])

@@ -12,7 +12,7 @@ import pytest
 from glm_finetune import MODE
 from glm_finetune.data import blocks, cache, files, prepare
 from glm_finetune.data.dataset import InstructionDataset
-from glm_finetune.data.files import Source, list_sources
+from glm_finetune.data.files import DataFile, list_data_files
 from glm_finetune.data.report import Report
 from glm_finetune.data.samples import prepare_row
 from glm_finetune.modes.spec import Limits
@@ -40,7 +40,7 @@ def test_blocks_and_workers_change_no_byte(form, settings, data_file, rows, tmp_
     assert len(whole.report.bad) == (2 if form == "weighted" else 1) and whole.report.skipped
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 300)
     monkeypatch.setattr(blocks, "BLOCK_ROWS", 3)
-    assert len(list(blocks.blocks_of(list_sources(path)[0]))) > 3
+    assert len(list(blocks.blocks_of(list_data_files(path)[0]))) > 3
     for name, num_workers in (("blocks", 0), ("workers", 2)):
         parts = prepared(path, settings, tmp_path / name, num_workers=num_workers)
         assert parts.report == whole.report
@@ -64,7 +64,7 @@ ROWS = [  # of one format each, with and without what can be cut, dropped, or re
 
 @pytest.mark.parametrize("mode", MODE)
 @pytest.mark.parametrize("limits", [None, (60, 40, "tail", True), (60, 40, "head", False), (70, 30, "middle", False)])
-@pytest.mark.parametrize("options", [{}, {"template": "official", "train_on": "last"}, {"too_long": "drop"}])
+@pytest.mark.parametrize("options", [{}, {"style": "official", "train_on": "last"}, {"too_long": "drop"}])
 def test_rows_encoded_together_are_the_rows_prepared_one_by_one(mode, limits, options, checkpoints, tmp_path):
     settings = settings_of(mode, checkpoints)
     limits = limits and Limits(*limits)
@@ -75,9 +75,9 @@ def test_rows_encoded_together_are_the_rows_prepared_one_by_one(mode, limits, op
         try:
             kept = report.keep(prepare_row(f"{path}, line {number}", row, settings))
         except ValueError as error:
-            report.add_bad(error)
+            report.add_bad(str(error))
             continue
-        expected += [{name: getattr(one, name) for name in ("input_ids", "labels", "num_prefix")} for one in kept]
+        expected += [one.row for one in kept]
         where += [f"{path}, line {number}"] * len(kept)
     data = InstructionDataset(path, settings)
     assert list(data) == expected and [data.where(i) for i in range(len(data))] == where
@@ -148,7 +148,7 @@ def test_a_data_set_of_the_hub_is_read_at_every_start_and_a_saved_one_only_when_
 ):
     found = list(rows)
     monkeypatch.setitem(files.READERS, "datasets", lambda path: enumerate(found, 1))
-    hub = [Source("hf://owner/name", "datasets", Fraction(1))]
+    hub = [DataFile("hf://owner/name", "datasets", Fraction(1))]
     assert blocks.content_of(hub[0]) is None and prepare.choose_workers(hub) > 0
     samples = cache.prepared(hub, settings, tmp_path / "cache", num_workers=0)
     found.pop()
@@ -199,4 +199,4 @@ def test_little_is_prepared_here_and_much_in_two_processes_at_least(tmp_path, mo
         monkeypatch.setattr(prepare, "num_cores", lambda num_cores=num_cores: num_cores)
         for at_least, expected in ((1000, 0), (999, 0), (500, 0), (499, 2), (100, 4)):
             monkeypatch.setattr(prepare, "MIN_BYTES_OF_WORKER", at_least)
-            assert prepare.choose_workers(list_sources(path)) == (expected if num_cores > 1 else 0)
+            assert prepare.choose_workers(list_data_files(path)) == (expected if num_cores > 1 else 0)

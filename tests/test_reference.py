@@ -16,6 +16,7 @@ from torch.func import functional_call
 
 import merge_lora
 from glm_finetune import MODE, build
+from tests.original_data import original_dataset
 from tests.ranks import run_ranks, train_arguments, train_main
 from tests.refusal import run_main
 from tests.test_training import run
@@ -95,7 +96,7 @@ def with_lora(model, scale, factors, ids):
 
 def rows_of(mode, checkpoints, data_file):
     tokenizer = MODE[mode].tokenizer.from_pretrained(checkpoints[mode])
-    return MODE[mode].dataset(data_file, tokenizer, max_len=128, max_src_len=64)
+    return original_dataset(mode, data_file, tokenizer, max_len=128, max_src_len=64)
 
 
 @pytest.fixture

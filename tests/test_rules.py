@@ -25,8 +25,9 @@ TESTS = sorted(ROOT.glob("tests/**/*.py"))
 LEVELS = (
     ("errors", "flags", "dist", "exits", "weights"),
     ("models",),
-    ("modes", "tuning", "data"),
-    ("record", "build", "generator"),
+    ("modes", "tuning"),
+    ("data",),
+    ("objectives", "record", "build", "generator"),
     ("run", "answer", "evaluate", "convert"),
     ("config",),
 )

@@ -26,7 +26,7 @@ STREAM = dict(streaming=True, shuffle_buffer=4)
 
 def dataset(checkpoints, path, mode="glm3", window=None, limits=(128, 64), **options):
     tokenizer = MODE[mode].tokenizer.from_pretrained(checkpoints[mode])
-    return InstructionDataset(path, Settings(MODE[mode].form, tokenizer, Limits(*limits), **options), window=window)
+    return InstructionDataset(path, Settings(MODE[mode].template, tokenizer, Limits(*limits), **options), window=window)
 
 
 @pytest.mark.parametrize("num_files", [1, 3])
@@ -186,3 +186,16 @@ def test_a_stopped_stream_goes_on_at_its_position_and_in_no_other_order(checkpoi
         folder = stopped_copy(tmp_path / "whole", tmp_path / "-".join(other), step=4)
         with pytest.raises(RuntimeError, match="is of another run"):
             run("glm2", "lora", checkpoints, data_file, folder, **changed, resume="auto")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["csv", "array"])
+def test_evaluation_data_of_a_streamed_run_may_be_any_file(kind, checkpoints, data_file, rows, tmp_path):
+    path = tmp_path / f"eval.{kind}"
+    if kind == "csv":
+        path.write_text("question,answer\na,b\nc,d\n", encoding="utf-8")
+    else:
+        path.write_text(json.dumps(rows[:2]), encoding="utf-8")
+    with_eval = dict(STREAM, eval_path=path, cache_dir=tmp_path / "cache", per_device_train_batch_size=6)
+    records = run("glm3", "lora", checkpoints, data_file, tmp_path / "out", **with_eval)[0]
+    assert any("eval_loss" in record for record in records)

@@ -13,6 +13,7 @@ from glm_finetune.tuning import TRAIN_TYPE
 from glm_finetune.tuning.adapter import load_adapter
 from glm_finetune.tuning.ptuning import write_prefix
 from glm_finetune.tuning.quantize import Quantized
+from tests.original_data import original_dataset
 from tests.ranks import run_ranks
 from tests.refusal import run_main
 from tests.test_training import assert_close, run
@@ -43,7 +44,7 @@ FLAGS = dict(num_train_epochs=2, learning_rate=1e-2)
 
 def mean_loss(model, mode, tokenizer, data_file):
     """Mean loss of a target token of a file, sample by sample."""
-    data = MODE[mode].dataset(data_file, tokenizer, max_len=128, max_src_len=64)
+    data = original_dataset(mode, data_file, tokenizer, max_len=128, max_src_len=64)
     samples = [{name: torch.tensor([row[name]]) for name in ("input_ids", "labels")} for row in data]
     with torch.no_grad():
         return sum(model(**sample, use_cache=False).token_losses.sum().item() for sample in samples) / (

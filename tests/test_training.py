@@ -15,6 +15,7 @@ from glm_finetune.run.ds_config import read_ds_file
 from glm_finetune.run.folder import checkpoints as checkpoints_in
 from glm_finetune.tuning import TRAIN_TYPE
 from glm_finetune.weights import iter_file
+from tests.original_data import original_dataset
 from tests.ranks import run_ranks, train_arguments, train_main
 
 BF16_LOSS, BF16_NORM, BF16_WEIGHTS = 1e-9, 1e-9, 1e-9
@@ -181,7 +182,7 @@ def test_adapter_loads_in_plain_peft_and_gives_the_final_loss(mode, checkpoints,
     base = MODE[mode].model.from_pretrained(checkpoints[mode], dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(folder))
     tokenizer = MODE[mode].tokenizer.from_pretrained(folder)
-    data = MODE[mode].dataset(data_file, tokenizer, max_len=128, max_src_len=64)
+    data = original_dataset(mode, data_file, tokenizer, max_len=128, max_src_len=64)
     total = sum(
         model(input_ids=torch.tensor([r["input_ids"]]), labels=torch.tensor([r["labels"]])).token_losses.sum()
         for r in data
@@ -198,7 +199,7 @@ def test_a_saved_prefix_is_small_and_gives_the_final_loss_again(mode, projection
     learnt = {name for name in tensors if not name.endswith("inv_freq")}
     assert learnt and all(name.startswith("transformer.prefix_encoder.") for name in learnt)
     tokenizer, model = build.load_model_folder(build.find_model_folder(folder), "fp32", torch.device("cpu"))
-    data = MODE[mode].dataset(data_file, tokenizer, max_len=128, max_src_len=64)
+    data = original_dataset(mode, data_file, tokenizer, max_len=128, max_src_len=64)
     total = sum(
         model(input_ids=torch.tensor([r["input_ids"]]), labels=torch.tensor([r["labels"]])).token_losses.sum()
         for r in data

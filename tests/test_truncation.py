@@ -1,5 +1,6 @@
 """Length: what is cut, what is never cut, what is counted."""
 
+import numpy as np
 import pytest
 
 from glm_finetune import MODE
@@ -7,8 +8,9 @@ from glm_finetune.config import TrainConfig
 from glm_finetune.data.dataset import InstructionDataset
 from glm_finetune.data.samples import Settings, settings_of
 from glm_finetune.flags import parse
+from glm_finetune.modes import template
 from glm_finetune.modes.spec import TRUNCATIONS, Limits
-from glm_finetune.modes.template import FIXED, SOURCE, Draft, Form, newest_rounds
+from glm_finetune.modes.template import Draft, Template, newest_rounds
 from tests.refusal import refused
 from tests.test_bad_input import NEEDED
 
@@ -39,16 +41,17 @@ class Digits:
     """A tokenizer with an id for each digit."""
 
     @staticmethod
-    def encode_text(text):
-        return [int(digit) for digit in text]
+    def encode_parts(parts):
+        return [np.array([int(i) for i in part], np.int32) for part in parts]
 
 
 def cut(truncation, max_src_len, question_tail):
-    """The ids left of a source of one special token, a text of nine, and one more special token that nobody counts."""
-    draft = Draft(((0,), "123456789", (99,)), (SOURCE, SOURCE, FIXED), (False,) * 3)
-    form = Form(lambda *_: draft, question_tail, overhead=0)
+    """The ids left of a question of one special token, a text of nine, and a special token that nobody counts."""
     talk = [{"role": "user", "content": ""}]
-    return form.render(Digits, talk, Limits(99, max_src_len, truncation)).input_ids
+    kinds = template.QUESTION, template.QUESTION, template.FIXED
+    draft = Draft(talk, [], ((0,), "123456789", (99,)), kinds, (False,) * 3)
+    way = Template(lambda *_: draft, question_tail, overhead=0)
+    return way.render(Digits, talk, Limits(99, max_src_len, truncation)).input_ids
 
 
 @pytest.mark.parametrize(
@@ -71,14 +74,16 @@ def test_a_long_question_is_cut_to_the_limit_with_its_special_tokens_and_its_end
 ):
     whole = render(mode, tokenizer, turn(QUESTION, "风"))
     cut = render(mode, tokenizer, turn(QUESTION, "风"), 500, max_src_len, truncation, False)
-    removed = whole.num_source - max_src_len
-    assert cut.source_cut and not cut.target_cut and removed > 0
-    assert cut.num_source == max_src_len and len(cut.input_ids) == len(whole.input_ids) - removed
+    removed = whole.num_question - max_src_len
+    assert cut.question_cut and not cut.answer_cut and removed > 0
+    assert cut.num_question == max_src_len and len(cut.input_ids) == len(whole.input_ids) - removed
     assert special(tokenizer, cut.input_ids) == special(tokenizer, whole.input_ids)
     assert [x for x in cut.labels if x != -100] == [x for x in whole.labels if x != -100]
-    if MODE[mode].form.question_tail:
+    if MODE[mode].template.question_tail:
         num_targets = sum(label != -100 for label in whole.labels)
-        num_kept = MODE[mode].form.question_tail + bool(whole.num_prefix) + num_targets  # [gMASK] is between the two
+        num_kept = (
+            MODE[mode].template.question_tail + bool(whole.num_prefix) + num_targets
+        )  # [gMASK] is between the two
         assert cut.input_ids[-num_kept:] == whole.input_ids[-num_kept:]
 
 
@@ -97,12 +102,13 @@ def test_the_end_of_the_question_is_kept_by_all_but_tail(mode, tokenizer, trunca
 def test_a_cut_answer_has_an_end_token_only_if_that_is_asked_for(mode, tokenizer, end_cut_answers):
     end = tokenizer.eos_token_id
     whole = render(mode, tokenizer, turn("风", ANSWER), 500, 100, "tail", end_cut_answers)
-    assert not whole.target_cut and whole.labels[-1] == end
-    overhead = MODE[mode].form.overhead - (3 if mode == "glm3" else 0)  # three that ChatGLM3's arithmetic never uses
-    fits = len(whole.input_ids) + MODE[mode].form.overhead - overhead
-    assert render(mode, tokenizer, turn("风", ANSWER), fits, 100, "tail", end_cut_answers) == whole
+    assert not whole.answer_cut and whole.labels[-1] == end
+    unused = 3 if mode == "glm3" else 0  # tokens of ChatGLM3's overhead
+    overhead = MODE[mode].template.overhead - unused
+    fits = len(whole.input_ids) + MODE[mode].template.overhead - overhead
+    assert render(mode, tokenizer, turn("风", ANSWER), fits, 100, "tail", end_cut_answers).row == whole.row
     cut = render(mode, tokenizer, turn("风", ANSWER), fits - 1, 100, "tail", end_cut_answers)
-    assert cut.target_cut and len(cut.input_ids) <= fits - 1
+    assert cut.answer_cut and len(cut.input_ids) <= fits - 1
     assert (cut.labels[-1] == end) == end_cut_answers
     assert cut.labels.count(end) == end_cut_answers
     learnt = [x for x in cut.labels if x not in (-100, end)]
@@ -121,9 +127,9 @@ def test_nothing_is_longer_than_the_limits_and_every_sample_still_asks_and_answe
     assert rendered
     for sample in rendered:
         assert len(sample.input_ids) == len(sample.labels) <= max_len
-        assert sample.num_source <= max_src_len
+        assert sample.num_question <= max_src_len
         assert sample.labels[0] == -100 and any(label != -100 for label in sample.labels)
-        assert (sample.labels[-1] in MODE[mode].stop_token_ids(tokenizer)) == (not sample.target_cut)
+        assert (sample.labels[-1] in MODE[mode].stop_token_ids(tokenizer)) == (not sample.answer_cut)
 
 
 @every_mode
@@ -133,9 +139,9 @@ def test_head_forgets_the_oldest_rounds_and_asks_as_if_they_had_never_been(mode,
     rounds = [turn(f"问题{i}" * 5, f"回答{i}" * 5) for i in "甲乙丙丁"]
     talk = system + [message for part in rounds for message in part]
     newest = system + rounds[2] + rounds[3]
-    room = render(mode, tokenizer, newest).num_source + spare
+    room = render(mode, tokenizer, newest).num_question + spare
     cut, alone = render(mode, tokenizer, talk, 500, room, "head", False), render(mode, tokenizer, newest)
-    assert cut.source_cut
+    assert cut.question_cut
     assert (cut.input_ids, cut.labels) == (alone.input_ids, alone.labels)
     asked = [render(mode, tokenizer, messages[:-1], 500, room, "head", False) for messages in (talk, newest)]
     assert asked[0].input_ids == asked[1].input_ids
@@ -168,15 +174,15 @@ def test_a_conversation_that_just_fits_is_one_sample(checkpoints):
     tokenizer = mode.tokenizer.from_pretrained(checkpoints["glm3"])
     talk = turn("问题", "回答") + turn("再问", "再答")
     (whole,) = mode.samples(tokenizer, talk)
-    num_counted = len(whole.input_ids) - 3 + mode.form.overhead  # [gMASK] sop and </s> are in the overhead
-    limits = [Limits(num_counted - short, whole.num_source, "tail", False) for short in (0, 1)]
-    assert mode.samples(tokenizer, talk, limits[0]) == [whole]
-    assert [sample.target_cut for sample in mode.samples(tokenizer, talk, limits[1])] == [False, True]
+    num_counted = len(whole.input_ids) - 3 + mode.template.overhead  # [gMASK] sop and </s> are in the overhead
+    limits = [Limits(num_counted - short, whole.num_question, "tail", False) for short in (0, 1)]
+    assert [one.row for one in mode.samples(tokenizer, talk, limits[0])] == [whole.row]
+    assert [sample.answer_cut for sample in mode.samples(tokenizer, talk, limits[1])] == [False, True]
 
 
 @every_mode
 def test_lengths_that_leave_no_room_for_an_answer_are_refused_in_training(mode, tokenizer):
-    overhead = MODE[mode].form.overhead
+    overhead = MODE[mode].template.overhead
     config = parse(TrainConfig, [*NEEDED, "--mode", mode, "--max_src_len", "50", "--max_len", str(50 + overhead)])
     refused(lambda: settings_of(config, MODE[mode], tokenizer), f"use --max_len {50 + overhead + 1} or more")
 
@@ -193,7 +199,7 @@ def dataset(checkpoints, tmp_path):
         (tmp_path / "a.jsonl").write_text("".join(lines), encoding="utf-8")
         tokenizer = MODE[mode].tokenizer.from_pretrained(checkpoints[mode])
         return InstructionDataset(
-            tmp_path / "a.jsonl", Settings(MODE[mode].form, tokenizer, Limits(*limits), **options)
+            tmp_path / "a.jsonl", Settings(MODE[mode].template, tokenizer, Limits(*limits), **options)
         )
 
     return make

@@ -23,7 +23,7 @@ def as_messages(history):
 def chat_ids(mode, tokenizer, query, history, role="user", template="official"):
     """Prompt ids for the next answer. role: of the query ("observation" for a tool's result in ChatGLM3)."""
     messages = [*as_messages(history), {"role": role, "content": query}]
-    return mode.render(tokenizer, messages, template=template).input_ids
+    return mode.render(tokenizer, messages, None, template).input_ids
 
 
 def chat(

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from glm_finetune import MODE, exits
 from glm_finetune.data.dataset import InstructionDataset, describe_sample
-from glm_finetune.data.files import list_sources, occurrences
+from glm_finetune.data.files import list_data_files, occurrences
 from glm_finetune.data.flags import ReportConfig
 from glm_finetune.data.histogram import Panel, save_histograms
 from glm_finetune.data.report import write_bad_rows
-from glm_finetune.data.samples import of_source, prepare_row, settings_of
+from glm_finetune.data.samples import of_file, prepare_row, settings_of
 from glm_finetune.errors import UserError, raise_together, unknown_choice
 from glm_finetune.flags import parse
 from glm_finetune.modes import refuse_others
@@ -42,9 +42,9 @@ def main():
     data = InstructionDataset(config.train_path, settings, progress=sys.stderr.isatty())
     print(config.train_path, *data.report.table(), sep="\n")
     print(*data.report.hints(), sep="\n", end="\n" if list(data.report.hints()) else "")
-    sources, samples = uncut_lengths(config.train_path, settings)
+    questions, samples = uncut_lengths(config.train_path, settings)
     panels = [
-        Panel("tokens before the last answer, uncut", sources, "max_src_len", config.max_src_len),
+        Panel("tokens before the last answer, uncut", questions, "max_src_len", config.max_src_len),
         Panel("tokens of a sample, uncut", samples, "max_len", config.max_len),
     ]
     save_histograms(panels, config.output_path)
@@ -60,19 +60,19 @@ def uncut_lengths(path, settings):
 
     Text to continue training on has nothing before an answer. Bad rows are passed over: they have been reported.
     """
-    sources, samples = Counter(), Counter()
-    for source in list_sources(path):
-        known = replace(of_source(source, settings), limits=None)
-        for place, (number, row) in enumerate(source.rows()):
-            times = occurrences(place, source.weight)
+    questions, samples = Counter(), Counter()
+    for data_file in list_data_files(path):
+        known = replace(of_file(data_file, settings), limits=None)
+        for place, (number, row) in enumerate(data_file.rows()):
+            times = occurrences(place, data_file.weight)
             try:
-                rendered = prepare_row(source.where(number), row, known)
+                rendered = prepare_row(data_file.where(number), row, known)
             except UserError:
                 continue
             for one in rendered if times else ():
                 samples[len(one.input_ids)] += times
-                sources[one.num_source] += times
-    return sources, samples
+                questions[one.num_question] += times
+    return questions, samples
 
 
 def in_colour():

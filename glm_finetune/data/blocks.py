@@ -4,7 +4,7 @@
 lines. Any of them can be read alone, by any process. Rows of other files are read one after the other and handed on in
 blocks.
 
-    for block in blocks_of(source, "cache/"): list(block.rows())      # (number, dict or Unreadable)
+    for block in blocks_of(data_file, "cache/"): list(block.rows())      # (number, dict or Unreadable)
     fingerprint("a.json:2,b.csv", "cache/")                          # changes with the data
 """
 
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
-from glm_finetune.data.files import BOM, MAX_LINE, lines_in, list_sources, numbered_rows
+from glm_finetune.data.files import BOM, MAX_LINE, lines_in, list_data_files, numbered_rows
 from glm_finetune.data.lock import locked
 from glm_finetune.errors import UserError
 from glm_finetune.weights import read_json, write_json
@@ -69,23 +69,23 @@ class Layout:
     blocks: tuple = ()
 
 
-def blocks_of(source, cache_dir=None):
-    """Yield the rows of a source in blocks, in their order. Raises UserError for a file that cannot be read on."""
-    if source.has_blocks:
-        yield from layout_of(source, source.path, cache_dir).blocks
+def blocks_of(data_file, cache_dir=None):
+    """Yield the rows of a data file in blocks, in their order. Raises UserError for a file that cannot be read on."""
+    if data_file.has_blocks:
+        yield from layout_of(data_file, data_file.path, cache_dir).blocks
         return
-    rows, first = source.rows(), 0
+    rows, first = data_file.rows(), 0
     while entries := list(islice(rows, BLOCK_ROWS)):
         yield RowBlock(first, entries)
         first += len(entries)
 
 
-def content_of(source, cache_dir=None):
-    """Hash of all that a source holds; None of a data set of the hub, which nobody knows before it is read."""
-    parts = [(path.name, layout_of(source, path, cache_dir).sha256) for path in source.files()]
-    if source.kind != "datasets":
+def content_of(data_file, cache_dir=None):
+    """Hash of all that a data file holds; None of a data set of the hub, which nobody knows before it is read."""
+    parts = [(path.name, layout_of(data_file, path, cache_dir).sha256) for path in data_file.files()]
+    if data_file.kind != "datasets":
         return parts[0][1]
-    split = source.path.partition("#")[2]
+    split = data_file.path.partition("#")[2]
     return hashlib.sha256(repr((split, parts)).encode()).hexdigest() if parts else None
 
 
@@ -94,9 +94,9 @@ def fingerprint(text, cache_dir=None):
 
     text: --train_path.
     """
-    sources = list_sources(text)
-    parts = [(content_of(source, cache_dir) or source.path, str(source.weight)) for source in sources]
-    if len(parts) == 1 and sources[0].weight == 1:
+    data_files = list_data_files(text)
+    parts = [(content_of(data_file, cache_dir) or data_file.path, str(data_file.weight)) for data_file in data_files]
+    if len(parts) == 1 and data_files[0].weight == 1:
         return parts[0][0]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
@@ -107,9 +107,9 @@ def signature(path):
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
-def signatures(sources):
-    """{path: its signature} of all files of the sources."""
-    return {path: signature(path) for source in sources for path in source.files()}
+def signatures(data_files):
+    """{path: its signature} of all files that are read."""
+    return {path: signature(path) for data_file in data_files for path in data_file.files()}
 
 
 def check_unchanged(before):
@@ -119,19 +119,19 @@ def check_unchanged(before):
             raise UserError(f"{path}: the file was changed while it was read. Start again when it is complete.")
 
 
-def layout_of(source, path, cache_dir=None):
-    """Layout of a file of a source, remembered in `cache_dir` for as long as the file's `signature` stays.
+def layout_of(data_file, path, cache_dir=None):
+    """Layout of a data file, remembered in `cache_dir` for as long as the file's `signature` stays.
 
     Raises UserError if it is empty or changes meanwhile.
     """
     if cache_dir is None:
-        return scan(path, source.has_blocks)
-    name = hashlib.sha256(f"{os.path.abspath(path)} {source.has_blocks}".encode()).hexdigest()[:32]
+        return scan(path, data_file.has_blocks)
+    name = hashlib.sha256(f"{os.path.abspath(path)} {data_file.has_blocks}".encode()).hexdigest()[:32]
     note = Path(cache_dir) / "files" / f"{name}.json"
     layout = _noted(note, path)
     if layout is None:
         with locked(note.with_suffix(".lock")):  # one rank reads the file, the others what it found
-            layout = _noted(note, path) or _scan_and_note(note, path, source.has_blocks)
+            layout = _noted(note, path) or _scan_and_note(note, path, data_file.has_blocks)
     return layout
 
 
@@ -162,7 +162,7 @@ def _scan_and_note(note, path, has_blocks):
 
 
 def scan(path, has_blocks=True):
-    """Read a file once -> Layout. has_blocks: `Source.has_blocks`.
+    """Read a file once -> Layout. has_blocks: `DataFile.has_blocks`.
 
     Raises UserError if it is empty or changes meanwhile.
     """

@@ -6,7 +6,7 @@ lock prepares, others wait for the lock in the file system, not in a collective 
 back when a process dies. Folders can be deleted at any time, also while a run has them mapped. Only a data set of the
 hub is prepared at every start: what it holds is not known before it is read.
 
-    samples = prepared(list_sources("data/spo_0.json"), settings, "cache/")    # Samples, see columns.py
+    samples = prepared(list_data_files("data/spo_0.json"), settings, "cache/")    # Samples, see columns.py
 """
 
 import errno
@@ -31,7 +31,7 @@ from glm_finetune.data.report import Report
 from glm_finetune.errors import NotWritten, UserError
 from glm_finetune.weights import read_json, write_json
 
-FORMAT = 2
+FORMAT = 3
 HEADER = "header.json"
 CHECKED_BYTES = 2**28  # of an array; reading them takes a fraction of a second
 PACKAGE = Path(__file__).parents[1]
@@ -42,7 +42,7 @@ def default_cache_dir():
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glm_finetune"
 
 
-def prepared(sources, settings, cache_dir, overwrite=False, progress=False, num_workers=None, num_threads=None):
+def prepared(data_files, settings, cache_dir, overwrite=False, progress=False, num_workers=None, num_threads=None):
     """The samples of files as memory maps, prepared first if need be.
 
     overwrite: prepare again what was prepared before this call. num_workers: processes; default by the files' size.
@@ -50,10 +50,10 @@ def prepared(sources, settings, cache_dir, overwrite=False, progress=False, num_
     Raises UserError for a bad row (file and line), NotWritten naming --cache_dir if nothing can be written there.
     """
     started = time.time()
-    before = signatures(sources)
+    before = signatures(data_files)
     with naming_the_cache(cache_dir):
-        contents = [content_of(source, cache_dir) for source in sources]
-        folder = Path(cache_dir) / key_of(sources, contents, settings)
+        contents = [content_of(data_file, cache_dir) for data_file in data_files]
+        folder = Path(cache_dir) / key_of(data_files, contents, settings)
         oldest = started if overwrite or None in contents else 0
         samples = read(folder, oldest)
         if samples is None:
@@ -61,26 +61,26 @@ def prepared(sources, settings, cache_dir, overwrite=False, progress=False, num_
                 samples = read(folder, oldest, say=print)  # somebody else may have made it meanwhile
                 if samples is None:
                     _raise_old_error(folder, started)
-                    _build(folder, before, sources, settings, progress, num_workers, num_threads)
+                    _build(folder, before, data_files, settings, progress, num_workers, num_threads)
                     samples = read(folder)
     return samples
 
 
-def key_of(sources, contents, settings):
-    """What the samples follow from, as the name of a folder. contents: `blocks.content_of` of each source."""
+def key_of(data_files, contents, settings):
+    """What the samples follow from, as the name of a folder. contents: `blocks.content_of` of each file."""
     tokenizer = settings.tokenizer
     files = [tokenizer.folder / tokenizer.model_file, tokenizer.folder / "tokenizer_config.json"]
     others = {item.name: getattr(settings, item.name) for item in fields(settings)}
-    del others["form"], others["tokenizer"], others["limits"]
-    named = [source.path if content is None else content for source, content in zip(sources, contents)]
+    del others["template"], others["tokenizer"], others["limits"], others["drafts"]
+    named = [data_file.path if content is None else content for data_file, content in zip(data_files, contents)]
     skips = settings.on_bad_row == "skip"  # the report then names files
     parts = {
         "format": FORMAT,
-        "sources": [[name, source.kind, str(source.weight)] for name, source in zip(named, sources)],
-        "paths": [source.path for source in sources] if skips else [],
+        "files": [[name, data_file.kind, str(data_file.weight)] for name, data_file in zip(named, data_files)],
+        "paths": [data_file.path for data_file in data_files] if skips else [],
         "tokenizer": [type(tokenizer).__qualname__, *(_sha256(file) for file in files if file.is_file())],
         "sentencepiece": sentencepiece.__version__,
-        "form": f"{settings.form.draft.__module__}.{settings.form.draft.__qualname__}",
+        "functions": [f"{f.__module__}.{f.__qualname__}" for f in (settings.template.draft, settings.drafts)],
         "code": code_version(),
         "limits": asdict(settings.limits),
         **others,
@@ -90,7 +90,7 @@ def key_of(sources, contents, settings):
 
 def code_version():
     """Hash of the code that decides what a row becomes: a change of it makes no old cache wrong."""
-    files = sorted([*PACKAGE.glob("data/*.py"), *PACKAGE.glob("modes/*.py")])
+    files = sorted(path for room in ("data", "modes", "objectives") for path in PACKAGE.glob(f"{room}/*.py"))
     return hashlib.sha256("".join(_sha256(file) for file in files).encode()).hexdigest()
 
 
@@ -145,7 +145,7 @@ def _map(path, count, dtype):
     return np.memmap(path, dtype, "r", shape=(count,)) if count else np.zeros(0, dtype)
 
 
-def _build(folder, before, sources, settings, progress, num_workers, num_threads):
+def _build(folder, before, data_files, settings, progress, num_workers, num_threads):
     """before: the signatures of the files when their content was hashed, which must still be theirs."""
     for old in folder.parent.glob(f"tmp-{folder.name}-*"):  # of processes that were killed: the lock is ours
         shutil.rmtree(old)
@@ -153,7 +153,7 @@ def _build(folder, before, sources, settings, progress, num_workers, num_threads
     temporary.mkdir()
     try:
         check_unchanged(before)
-        counts, report = _write(temporary, sources, settings, progress, num_workers, num_threads)
+        counts, report = _write(temporary, data_files, settings, progress, num_workers, num_threads)
         check_unchanged(before)
         header = {"format": FORMAT, "made": time.time(), "counts": counts, "report": vars(report)}
         header["checksums"] = {name: checksum(temporary / name) for name in COLUMNS}
@@ -167,14 +167,14 @@ def _build(folder, before, sources, settings, progress, num_workers, num_threads
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(folder, sources, settings, progress, num_workers, num_threads):
+def _write(folder, data_files, settings, progress, num_workers, num_threads):
     """Write the columns; returns (elements of each, report). Every file is on the disk before this returns."""
     report, counts = Report(settings.too_long), dict.fromkeys(COLUMNS, 0)
-    workers = choose_workers(sources) if num_workers is None else num_workers
+    workers = choose_workers(data_files) if num_workers is None else num_workers
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / name, "wb")) for name in COLUMNS}
-        for samples in tokenize(sources, settings, workers, folder.parent, progress, num_threads):
-            for name, column in samples.after(counts["ends"], counts["input_ids"]).items():
+        for samples in tokenize(data_files, settings, workers, folder.parent, progress, num_threads):
+            for name, column in samples.after(counts).items():
                 files[name].write(column.data)
                 counts[name] += len(column)
             report.add(samples.report)

@@ -1,7 +1,7 @@
 """Prepared samples as arrays, which can be written, memory-mapped and sent between processes.
 
 builder = Builder()
-builder.add(number, times, [ids_of_prefix, ids_of_question, ids_of_answer], [False, False, True])
+builder.add(number, times, rendered)
 samples = Samples(builder.columns(position=0), report)
 """
 
@@ -10,17 +10,25 @@ from dataclasses import dataclass
 import numpy as np
 
 from glm_finetune.data.report import Report
-from glm_finetune.models.loss import IGNORE
 
 # The arrays of prepared samples. N rows of the data set, which are S different samples, of T tokens together.
 COLUMNS = {
     "index": np.int64,  # (N,) the sample of each row: a weight repeats samples here, not their tokens
     "input_ids": np.int32,  # (T,)
-    "is_target": np.bool_,  # (T,) where the label is the token itself; elsewhere it is -100
+    "is_target": np.bool_,  # (T,) where there is a label; it is the token itself, elsewhere -100
     "ends": np.int64,  # (S,) where a sample ends in them; it begins where the one before ends
     "num_prefix": np.int32,  # (S,)
-    "sources": np.uint32,  # (S,) which of the sources a sample is from
+    "files": np.uint32,  # (S,) which of the files a sample is from
     "numbers": np.int64,  # (S,) line, entry or row of it, from 1
+}
+# Two samples, ids 7 8 9 and 5 6 of which 9 and 6 are targets, in a file of weight 2:
+# index 0 0 1 1    input_ids 7 8 9 5 6    is_target 0 0 1 0 1    ends 3 5    num_prefix 0 0    numbers 1 2
+
+# What only K of the samples have: values end to end, the sample of each, and where it ends in them. All empty where
+# the bits of is_target and Mode.positions say it all, as for questions and answers.
+SPECIAL = ("labels", "position_ids")  # (T,) each; positions (T,) or (2, T)
+COLUMNS |= {
+    name + part: dtype for name in SPECIAL for part, dtype in zip(("", "_of", "_ends"), (np.int32, np.int64, np.int64))
 }
 
 
@@ -31,10 +39,21 @@ class Samples:
     columns: dict
     report: Report
 
-    def after(self, num_samples, num_tokens):
-        """The columns of these samples when so many others lie in front of them."""
-        moved = {"index": self.columns["index"] + num_samples, "ends": self.columns["ends"] + num_tokens}
-        return {**self.columns, **moved}
+    def after(self, counts):
+        """The columns of these samples behind others. counts: elements of each column of those."""
+        shifts = {"index": "ends", "ends": "input_ids"}
+        for name in SPECIAL:
+            shifts |= {f"{name}_of": "ends", f"{name}_ends": name}
+        return self.columns | {name: self.columns[name] + counts[other] for name, other in shifts.items()}
+
+
+def special(columns, name, sample):
+    """The `labels` or `position_ids` that a sample has of its own, else None. -> (n,) int32"""
+    samples, ends = columns[f"{name}_of"], columns[f"{name}_ends"]
+    i = int(np.searchsorted(samples, sample))
+    if i == len(samples) or samples[i] != sample:
+        return None
+    return columns[name][int(ends[i - 1]) if i else 0 : int(ends[i])]
 
 
 class Builder:
@@ -43,31 +62,29 @@ class Builder:
     def __init__(self):
         self._parts, self._is_target, self._ends = [], [], []  # of all samples; where each ends in them
         self._numbers, self._times, self._num_prefix = [], [], []
+        self._special = {name: ([], []) for name in SPECIAL}  # which samples, their values
 
-    def add(self, number, times, parts, is_target, num_prefix_parts=0):
-        """A sample. number: of its row. times: how often it counts, 0: it is left out. parts: (T,) int32 arrays of ids;
-        is_target: whether those of each are targets. num_prefix_parts: how many of them are the bidirectional prefix.
-        """
+    def add(self, number, times, one):
+        """A sample. number: of its row. times: how often it counts, 0: it is left out. one: a Rendered."""
         if times:
-            self._parts += parts
-            self._is_target += is_target
+            if one.draft.labels is not None:
+                self._add_special(one.draft)
+            self._parts += one.ids
+            self._is_target += one.draft.is_target
             self._ends.append(len(self._parts))
             self._numbers.append(number)
             self._times.append(times)
-            self._num_prefix.append(sum(map(len, parts[:num_prefix_parts])) if num_prefix_parts else 0)
+            self._num_prefix.append(one.num_prefix)
 
-    def add_rendered(self, number, times, one):
-        """A Rendered, whose labels must be -100 or the ids themselves."""
-        ids, labels = np.array(one.input_ids, np.int32), np.array(one.labels, np.int32)
-        is_target = labels != IGNORE
-        assert (labels == ids)[is_target].all(), "a label that is neither -100 nor the token itself cannot be stored"
-        bounds = sorted({0, one.num_prefix, *(np.flatnonzero(np.diff(is_target)) + 1), len(ids)})
-        parts = [ids[start:end] for start, end in zip(bounds, bounds[1:])]
-        self.add(number, times, parts, is_target[bounds[:-1]].tolist(), bounds.index(one.num_prefix))
+    def _add_special(self, draft):
+        for name, (samples, values) in self._special.items():
+            if getattr(draft, name) is not None:
+                samples.append(len(self._ends))
+                values.append(np.ravel(getattr(draft, name)).astype(np.int32))
 
     def columns(self, position):
-        """Arrays for each of COLUMNS. position: of the source among the sources."""
-        lengths = lengths_of(self._parts)
+        """Arrays for each of COLUMNS. position: of the file among the files."""
+        lengths = np.fromiter(map(len, self._parts), np.int64, len(self._parts))
         num_samples = len(self._ends)
         columns = {
             "index": np.repeat(np.arange(num_samples), self._times),
@@ -75,12 +92,10 @@ class Builder:
             "is_target": np.repeat(np.array(self._is_target, np.bool_), lengths),
             "ends": np.cumsum(lengths)[np.array(self._ends, np.int64) - 1],
             "num_prefix": self._num_prefix,
-            "sources": np.full(num_samples, position),
+            "files": np.full(num_samples, position),
             "numbers": self._numbers,
         }
+        for name, (samples, values) in self._special.items():
+            ends = np.cumsum([len(value) for value in values])
+            columns |= {name: np.concatenate(values or [[]]), f"{name}_of": samples, f"{name}_ends": ends}
         return {name: np.asarray(column, COLUMNS[name]) for name, column in columns.items()}
-
-
-def lengths_of(parts):
-    """How long each of P arrays is: (P,) int64."""
-    return np.fromiter(map(len, parts), np.int64, len(parts))

@@ -15,40 +15,39 @@ import torch
 import torch.nn.functional as F
 
 from glm_finetune.data.cache import prepared
-from glm_finetune.data.files import list_sources
+from glm_finetune.data.columns import SPECIAL, special
+from glm_finetune.data.files import list_data_files
 from glm_finetune.data.packing import best_fit
 from glm_finetune.data.prepare import in_memory
 from glm_finetune.data.report import NUM_SHOWN
-from glm_finetune.data.samples import Settings, check_limits
 from glm_finetune.data.stream import Stream
 from glm_finetune.errors import UserError
 from glm_finetune.models.loss import IGNORE, target_index
-from glm_finetune.modes.spec import Limits
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class InstructionDataset(Sequence):
-    """The samples of files: {"input_ids", "labels", "num_prefix"} of lists. `report` says what became of the rows,
-    `where(i)` which row sample i is from.
+    """The samples of files: {"input_ids", "labels", "num_prefix"} of lists, and "position_ids" where a sample has its
+    own. `report` says what became of the rows, `where(i)` which row sample i is from.
     """
 
     def __init__(self, path, settings, progress=False, cache_dir=None, overwrite_cache=False, window=None):
-        """path: see `files.list_sources`. settings: `samples.settings_of`.
+        """path: see `files.list_data_files`. settings: `samples.settings_of`.
 
         cache_dir: prepare the samples there, or find them there (see `cache`); None: prepare them here, in memory, in
         this process. progress: show a bar while that is done. window: prepare nothing, render a row when it is asked
         for, best in windows of so many consecutive rows (see `stream`).
         Raises UserError for a bad row (file, line, field), or if no row is left; with a window when it is its turn.
         """
-        sources = list_sources(path)
+        data_files = list_data_files(path)
         if window:
-            self.rows = Stream(sources, settings, window, cache_dir)
+            self.rows = Stream(data_files, settings, window, cache_dir)
         elif cache_dir:
-            self.rows = PreparedRows(sources, prepared(sources, settings, cache_dir, overwrite_cache, progress))
+            self.rows = PreparedRows(data_files, prepared(data_files, settings, cache_dir, overwrite_cache, progress))
         else:
-            self.rows = PreparedRows(sources, in_memory(sources, settings, progress))
-        self.sources, self.report = sources, self.rows.report
+            self.rows = PreparedRows(data_files, in_memory(data_files, settings, progress))
+        self.data_files, self.report = data_files, self.rows.report
         if not len(self):
             bad = "".join(f"\n{problem}" for problem in self.report.bad[:NUM_SHOWN])
             raise UserError(
@@ -78,8 +77,8 @@ class InstructionDataset(Sequence):
 class PreparedRows:
     """`prepare.Samples` as rows; what is memory-mapped is read when a row is asked for."""
 
-    def __init__(self, sources, samples):
-        self.sources, self.columns, self.report = sources, samples.columns, samples.report
+    def __init__(self, data_files, samples):
+        self.data_files, self.columns, self.report = data_files, samples.columns, samples.report
 
     def __len__(self):
         return len(self.columns["index"])
@@ -88,30 +87,25 @@ class PreparedRows:
         columns, ends, sample = self.columns, self.columns["ends"], int(self.columns["index"][index])
         place = slice(int(ends[sample - 1]) if sample else 0, int(ends[sample]))
         ids = columns["input_ids"][place]
-        labels = np.where(columns["is_target"][place], ids, IGNORE)
-        return {
+        labels, position_ids = (special(columns, name, sample) for name in SPECIAL)
+        if labels is None:
+            labels = np.where(columns["is_target"][place], ids, IGNORE)
+        row = {
             "input_ids": ids.tolist(),
             "labels": labels.tolist(),
             "num_prefix": int(columns["num_prefix"][sample]),
         }
+        if position_ids is not None:
+            shape = (2, -1) if len(position_ids) > len(ids) else -1
+            row["position_ids"] = position_ids.reshape(shape).tolist()
+        return row
 
     def where(self, index):
         sample = self.columns["index"][index]
-        return self.sources[self.columns["sources"][sample]].where(self.columns["numbers"][sample])
+        return self.data_files[self.columns["files"][sample]].where(self.columns["numbers"][sample])
 
     def lengths(self):
         return np.diff(self.columns["ends"], prepend=0)[self.columns["index"]]
-
-
-def original_dataset(form, path, tokenizer, max_len=1024, max_src_len=256, is_skip=False, progress=False):
-    """Mode.dataset: the data set as ChatGLM-Finetuning makes it, an end token after cut answers included.
-
-    max_len, max_src_len: tokens of a sample, of its question. is_skip: leave out rows that do not fit instead of
-    cutting them. Raises UserError for limits that leave no room, and as InstructionDataset.
-    """
-    check_limits(max_len, max_src_len, form)
-    settings = Settings(form, tokenizer, Limits(max_len, max_src_len), too_long="drop" if is_skip else "cut")
-    return InstructionDataset(path, settings, progress)
 
 
 def collate(rows, pad_token_id, positions, max_len=None):
@@ -152,8 +146,14 @@ def collate(rows, pad_token_id, positions, max_len=None):
 
 
 def packed_positions(rows, positions, width):
-    """(width,) or (2, width) int64: each sample's own positions, 0 for padding."""
-    joined = torch.cat([positions(len(row["input_ids"]), row["num_prefix"]) for row in rows], -1)
+    """(width,) or (2, width) int64: each sample's own positions, where it has none `positions`, 0 for padding."""
+    own = [
+        torch.tensor(row["position_ids"])
+        if "position_ids" in row
+        else positions(len(row["input_ids"]), row["num_prefix"])
+        for row in rows
+    ]
+    joined = torch.cat(own, -1)
     return F.pad(joined, (0, width - joined.shape[-1]))
 
 

@@ -1,8 +1,8 @@
 """Files -> rows, one at a time: JSONL, JSON arrays, CSV, TSV, Parquet (each also .gz), folders, and `datasets`.
 
     for where, row in read_rows("data/spo_0.json"):            # where: "data/spo_0.json, line 1"
-    for source in list_sources("a.json:2,folder,hf://owner/name#test"):
-        for number, row in source.rows():                      # row: a dict, or Unreadable
+    for data_file in list_data_files("a.json:2,folder,hf://owner/name#test"):
+        for number, row in data_file.rows():                      # row: a dict, or Unreadable
 
 JSONL, CSV and Parquet are streamed; a JSON array is loaded whole. Not here: hashes, and blocks of a file (`blocks`).
 """
@@ -41,7 +41,7 @@ class Unreadable:
 
 
 @dataclass(frozen=True)
-class Source:
+class DataFile:
     """A file (or data set of `datasets`). kind: of READERS. weight: how often its rows count in an epoch."""
 
     path: str
@@ -82,12 +82,12 @@ def as_row(value):
 
 
 def read_rows(path):
-    """Yield (where, dict) of everything `list_sources` finds. Raises UserError naming what is wrong, and where."""
-    for source in list_sources(path):
-        for number, row in source.rows():
+    """Yield (where, dict) of everything `list_data_files` finds. Raises UserError naming what is wrong, and where."""
+    for data_file in list_data_files(path):
+        for number, row in data_file.rows():
             if isinstance(row, Unreadable):
-                raise UserError(f"{source.where(number)}: {row.problem}")
-            yield source.where(number), row
+                raise UserError(f"{data_file.where(number)}: {row.problem}")
+            yield data_file.where(number), row
 
 
 def occurrences(index, weight):
@@ -95,23 +95,23 @@ def occurrences(index, weight):
     return 1 if weight == 1 else math.floor((index + 1) * weight) - math.floor(index * weight)
 
 
-def list_sources(text):
-    """--train_path -> sources: files, folders and data sets with commas between them, `:weight` behind each.
+def list_data_files(text):
+    """--train_path -> data files: files, folders and data sets with commas between them, `:weight` behind each.
 
     Raises UserError for what is not there or cannot be read here.
     """
     parts = [str(text)] if os.path.exists(text) else [part.strip() for part in str(text).split(",")]
     if not all(parts):
         raise UserError(f"{text!r}: a name is missing beside a comma. Take the comma out.")
-    return [source for part in parts for source in _sources_of(part)]
+    return [data_file for part in parts for data_file in _files_of(part)]
 
 
 def paths_of(*texts):
     """The files and names in --train_path and the like; None is passed over."""
-    return [source.path for text in texts if text for source in list_sources(text)]
+    return [data_file.path for text in texts if text for data_file in list_data_files(text)]
 
 
-def _sources_of(text):
+def _files_of(text):
     weight = Fraction(1)
     if (match := re.fullmatch(r"(.+):(-?\d+\.?\d*|-?\.\d+)", text)) and not os.path.exists(text):
         text, weight = match[1], Fraction(match[2])
@@ -119,15 +119,15 @@ def _sources_of(text):
         raise UserError(f"{text}:{float(weight):g}: a weight must be above 0; leave the file out.")
     path = Path(text)
     if text.startswith(HUB) or _is_saved(Path(text.partition("#")[0])):
-        return [Source(text, "datasets", weight)]
+        return [DataFile(text, "datasets", weight)]
     if path.is_dir():
         files = [p for p in sorted(path.iterdir()) if p.is_file() and _suffix(p) in SUFFIXES and p.name[0] != "."]
         if not files:
             raise UserError(f"{text}: no file of {', '.join(SUFFIXES)} (or .gz) in this folder.")
-        return [_source_of_file(p, weight) for p in files]
+        return [_data_file(p, weight) for p in files]
     if not os.path.isfile(text):
         raise UserError(f"{text}: no such file. (A data set of the Hugging Face hub is {HUB}owner/name.)")
-    return [_source_of_file(path, weight)]
+    return [_data_file(path, weight)]
 
 
 def _is_saved(path):
@@ -140,9 +140,9 @@ def _suffix(path):
     return (path.with_suffix("") if _is_gzip(path) else path).suffix.lower()
 
 
-def _source_of_file(path, weight):
+def _data_file(path, weight):
     kind = {".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}.get(_suffix(path))
-    return Source(str(path), kind or ("array" if _begins_with(path, b"[") else "lines"), weight)
+    return DataFile(str(path), kind or ("array" if _begins_with(path, b"[") else "lines"), weight)
 
 
 def _is_gzip(path):

@@ -1,7 +1,7 @@
 """Rows -> messages: one small record for each format. A new one is a function and a line in FORMATS.
 
-    form = detect(rows)                              # or FORMATS["question_answer"]
-    messages = form.messages(row, prompt_text="")    # checked: see conversation.check_order
+    file_format = detect(rows)                              # or FORMATS["question_answer"]
+    messages = file_format.messages(row, prompt_text="")    # checked: see conversation.check_order
 
 What a row of each format looks like is in data/README.md.
 """
@@ -129,8 +129,8 @@ def _conversation(name, field, convert, entry_field):
 
 
 FORMATS = {
-    form.name: form
-    for form in (
+    file_format.name: file_format
+    for file_format in (
         _history("instruction", ("instruction", "input"), "output"),
         _pair("advertisegen", ("content",), "summary"),
         _pair("question_answer", ("question",), "answer"),
@@ -154,9 +154,11 @@ def named(name):
 
 def fitting(row, needs_answer=True):
     """Formats whose fields a row has, without those that need only a part of another's fields."""
-    found = [form for form in FORMATS.values() if form.fits(row, needs_answer)]
-    needed = {form.name: {*form.fields, form.answer} - {None} for form in found}
-    return [form for form in found if not any(needed[form.name] < other for other in needed.values())]
+    found = [file_format for file_format in FORMATS.values() if file_format.fits(row, needs_answer)]
+    needed = {file_format.name: {*file_format.fields, file_format.answer} - {None} for file_format in found}
+    return [
+        file_format for file_format in found if not any(needed[file_format.name] < other for other in needed.values())
+    ]
 
 
 def detect(rows, needs_answer=True):
@@ -166,13 +168,13 @@ def detect(rows, needs_answer=True):
 
     Raises UserError if they have none (naming the nearest and what it lacks) or could be two.
     """
-    votes = Counter(form.name for row in rows for form in fitting(row))
+    votes = Counter(file_format.name for row in rows for file_format in fitting(row))
     if not needs_answer and votes.keys() <= {"text", "text_answer"}:
-        votes = Counter(form.name for row in rows for form in fitting(row, needs_answer))
+        votes = Counter(file_format.name for row in rows for file_format in fitting(row, needs_answer))
     if not votes:
         raise UserError(f"{_nearest(rows[0])} Name other columns with --columns field=column.")
     best = [name for name, count in votes.items() if count == max(votes.values())]
-    first = [form.name for form in fitting(rows[0], needs_answer)]
+    first = [file_format.name for file_format in fitting(rows[0], needs_answer)]
     best = [name for name in best if name in first] or best
     if len(best) > 1:
         raise UserError(f"its fields {sorted(map(str, rows[0]))} could be {' or '.join(best)}: say --data_format.")
@@ -181,21 +183,30 @@ def detect(rows, needs_answer=True):
 
 def _nearest(row):
     """Why a row has no format: the one with most of its fields, and those it lacks."""
-    fields = {form: [*form.fields, *([form.answer] if form.answer else [])] for form in FORMATS.values()}
-    form = max(fields, key=lambda form: sum(name in row for name in fields[form]) / len(fields[form]))
-    lacks = [name for name in fields[form] if name not in row]
-    if len(lacks) == len(fields[form]):
+    fields = {
+        file_format: [*file_format.fields, *([file_format.answer] if file_format.answer else [])]
+        for file_format in FORMATS.values()
+    }
+    file_format = max(
+        fields, key=lambda file_format: sum(name in row for name in fields[file_format]) / len(fields[file_format])
+    )
+    lacks = [name for name in fields[file_format] if name not in row]
+    if len(lacks) == len(fields[file_format]):
         return f"the fields {sorted(map(str, row))} are no known format ({', '.join(FORMATS)})."
     field = " and ".join(map(repr, lacks))
-    return f"field {field} is missing for the format {form.name}; the fields found are {sorted(map(str, row))}."
+    return f"field {field} is missing for the format {file_format.name}; the fields found are {sorted(map(str, row))}."
 
 
 def parse_columns(text):
     """ "instruction=question,output=reply" -> {"instruction": "question", "output": "reply"}; None -> {}.
 
-    Raises UserError for another form or a field that no format has.
+    Raises UserError for another file_format or a field that no format has.
     """
-    known = {name for form in FORMATS.values() for name in (*form.fields, form.answer, *form.optional)} - {None}
+    known = {
+        name
+        for file_format in FORMATS.values()
+        for name in (*file_format.fields, file_format.answer, *file_format.optional)
+    } - {None}
     columns = {}
     for part in filter(None, (text or "").split(",")):
         name, equals, column = part.partition("=")

@@ -14,10 +14,15 @@ POOL = 64 * GROUP  # rows that are sorted together: enough for even groups, few 
 
 def shuffled(num_rows, *seeds):
     """A permutation of `num_rows` rows, (N,) int64. seeds: ints that decide it."""
-    mixed = 0
+    return torch.randperm(num_rows, generator=torch.Generator().manual_seed(mixed(*seeds))).numpy()
+
+
+def mixed(*seeds):
+    """One seed of several ints."""
+    one = 0
     for seed in seeds:
-        mixed = (mixed * 1_000_003 + seed) % 2**63
-    return torch.randperm(num_rows, generator=torch.Generator().manual_seed(mixed)).numpy()
+        one = (one * 1_000_003 + seed) % 2**63
+    return one
 
 
 def by_length(order, lengths, *seeds):

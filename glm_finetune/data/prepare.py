@@ -4,7 +4,7 @@ Workers are started from a fork server, not forked: the process that asks may ho
 settings once and a block at a time, and give back plain arrays, about 5 bytes a token; no more than PENDING_PER_WORKER
 blocks are under way for each, so that memory does not grow with the file. Most of the time is SentencePiece's own.
 
-    for samples in tokenize(list_sources(path), settings, num_workers=8): ...
+    for samples in tokenize(list_data_files(path), settings, num_workers=8): ...
 """
 
 import gc
@@ -12,25 +12,23 @@ import multiprocessing
 import os
 import sys
 import threading
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import accumulate, chain
 from multiprocessing.connection import wait
 
 import numpy as np
 from tqdm import tqdm
 
 from glm_finetune.data.blocks import BLOCK_BYTES, blocks_of, layout_of
-from glm_finetune.data.columns import COLUMNS, Builder, Samples, lengths_of
-from glm_finetune.data.files import Source, occurrences
+from glm_finetune.data.columns import COLUMNS, Builder, Samples
+from glm_finetune.data.files import DataFile, occurrences
 from glm_finetune.data.report import Report
-from glm_finetune.data.samples import drafts_of, of_source, prepare_row
+from glm_finetune.data.samples import drafts_in, fitted, of_file
 from glm_finetune.errors import UserError
-from glm_finetune.modes.template import ANSWER, SOURCE
+from glm_finetune.modes.template import remembering
 
 PENDING_PER_WORKER = 2
 SLOW_IMPORTS = ("torch", "transformers", "peft")  # what a worker would import again because the main script does
@@ -39,9 +37,9 @@ MIN_BYTES_OF_WORKER = 32 * BLOCK_BYTES  # one or two seconds of work; starting p
 
 @dataclass(frozen=True)
 class Task:
-    """A block to tokenize. position: of its source among the sources. data_format: of the source."""
+    """A block to tokenize. position: of its file among the files. data_format: of the file."""
 
-    source: Source
+    data_file: DataFile
     position: int
     data_format: str
     block: object
@@ -63,82 +61,53 @@ def uncollected():
 def tokenize_block(settings, task, num_threads=1):
     """The Samples of a block. Raises UserError naming file and line for a bad row, unless it is to be skipped.
 
-    All texts are encoded together, and that is all for the rows of which nothing is cut. num_threads: SentencePiece's.
+    All texts of the block are encoded in one call. num_threads: SentencePiece's.
     """
     settings, report, builder = replace(settings, data_format=task.data_format), Report(settings.too_long), Builder()
-    rows = list(task.block.rows())
-    of_rows = drafts_of([row for _, row in rows], settings)
-    drafts = [draft for of_row in of_rows for draft in of_row or ()]
-    parts = [part for draft in drafts for part in draft.parts]
-    ids = settings.tokenizer.encode_parts(parts, num_threads)
-    ends = list(accumulate([len(draft.parts) for draft in drafts], initial=0))
-    fits = _fits(drafts, lengths_of(ids), ends, settings)
-    one_by_one = replace(settings, tokenizer=Encoded(settings.tokenizer, parts, ids))
-    last, wholes = 0, []
-    for place, ((number, row), of_row) in enumerate(zip(rows, of_rows), task.block.first_row):
-        times = occurrences(place, task.source.weight)
-        first, last = last, last + len(of_row or ())
-        if of_row is not None and all(fits[first:last]):
-            wholes.append((times, of_row))
-            for draft, start, end in zip(of_row, ends[first:last], ends[first + 1 : last + 1]):
-                builder.add(number, times, ids[start:end], draft.is_target, draft.num_prefix_parts)
-            continue
+    rows, encode = list(task.block.rows()), remembering(settings.tokenizer, num_threads)
+    drafts_of_rows = [_drafts_or_error(row, settings) for _, row in rows]
+    encode([part for drafts in drafts_of_rows if type(drafts) is list for draft in drafts for part in draft.parts])
+    for index, ((number, _), drafts) in enumerate(zip(rows, drafts_of_rows), task.block.first_row):
         try:
-            rendered = prepare_row(task.source.where(number), row, one_by_one)
+            if type(drafts) is not list:
+                raise drafts
+            rendered = fitted(drafts, settings, encode)
         except UserError as error:
+            problem = f"{task.data_file.where(number)}: {error}"
             if settings.on_bad_row != "skip":
-                raise
-            report.add_bad(error)
+                raise UserError(problem) from None
+            report.add_bad(problem)
             continue
+        times = occurrences(index, task.data_file.weight)
         for one in report.keep(rendered, times):
-            builder.add_rendered(number, times, one)
-    report.keep_whole(wholes)
+            builder.add(number, times, one)
     columns = builder.columns(task.position)
     report.count(columns)
     return Samples(columns, report)
 
 
-def _fits(drafts, lengths, ends, settings):
-    """Whether nothing of each draft is cut. lengths: of all parts; ends: where the parts of a draft end in them."""
-    kinds = np.fromiter(chain.from_iterable(draft.kinds for draft in drafts), np.int8, len(lengths))
-    num_source, num_answer = (
-        np.diff(np.concatenate(([0], np.cumsum(lengths * (kinds == kind))))[ends]) for kind in (SOURCE, ANSWER)
-    )
-    return settings.form.fits(num_source, num_answer, settings.limits).tolist()
+def _drafts_or_error(row, settings):
+    try:
+        return drafts_in(row, settings)
+    except UserError as error:
+        return error
 
 
-class Encoded:
-    """A tokenizer that knows the ids of some texts already. parts, ids: see Tokenizer.encode_parts."""
-
-    def __init__(self, tokenizer, parts, ids):
-        self.tokenizer, self.parts, self.ids = tokenizer, parts, ids
-
-    @cached_property
-    def _known(self):
-        return dict(zip(self.parts, self.ids))
-
-    def encode_text(self, text):
-        return self._known[text].tolist() if text in self._known else self.tokenizer.encode_text(text)
-
-    def __getattr__(self, name):
-        return getattr(self.tokenizer, name)
-
-
-def tokenize(sources, settings, num_workers=0, cache_dir=None, progress=False, num_threads=None):
-    """Yield the Samples of each block of each source, in order. num_workers: 0 = in this process, where SentencePiece
+def tokenize(data_files, settings, num_workers=0, cache_dir=None, progress=False, num_threads=None):
+    """Yield the Samples of each block of each file, in order. num_workers: 0 = in this process, where SentencePiece
     has num_threads, by default as many as there are cores.
 
     cache_dir: where the places of blocks are remembered. progress: show a bar. Raises UserError for a bad row or file.
     """
-    tasks = _tasks(sources, settings, cache_dir)
+    tasks = _tasks(data_files, settings, cache_dir)
     if num_workers:
         blocks = _in_workers(tasks, settings, num_workers)
     else:
         blocks = (tokenize_block(settings, task, num_threads or num_cores()) for task in tasks)
     total = None
-    if cache_dir and all(source.has_blocks for source in sources):
-        total = sum(layout_of(source, source.path, cache_dir).num_rows for source in sources)
-    title = f"tokenize {', '.join(source.path for source in sources):.80}"
+    if cache_dir and all(data_file.has_blocks for data_file in data_files):
+        total = sum(layout_of(data_file, data_file.path, cache_dir).num_rows for data_file in data_files)
+    title = f"tokenize {', '.join(data_file.path for data_file in data_files):.80}"
     with tqdm(total=total, desc=title, unit=" rows", disable=not progress) as bar:
         for samples in blocks:
             bar.update(samples.report.rows)
@@ -148,7 +117,9 @@ def tokenize(sources, settings, num_workers=0, cache_dir=None, progress=False, n
 def _in_workers(tasks, settings, num_workers):
     context = multiprocessing.get_context("forkserver")
     slow = [name for name in SLOW_IMPORTS if name in sys.modules]
-    context.set_forkserver_preload([settings.form.draft.__module__, *slow])  # once, in the server, not in every worker
+    context.set_forkserver_preload(
+        [settings.template.draft.__module__, *slow]
+    )  # once, in the server, not in every worker
     with ProcessPoolExecutor(num_workers, context, _start_worker, (settings,)) as pool:
         pending = deque()
         try:
@@ -173,20 +144,20 @@ def _result(settings, task, future):
         return tokenize_block(settings, task)
 
 
-def _tasks(sources, settings, cache_dir):
-    for position, source in enumerate(sources):
-        data_format = of_source(source, settings).data_format
-        for block in blocks_of(source, cache_dir):
-            yield Task(source, position, data_format, block)
+def _tasks(data_files, settings, cache_dir):
+    for position, data_file in enumerate(data_files):
+        data_format = of_file(data_file, settings).data_format
+        for block in blocks_of(data_file, cache_dir):
+            yield Task(data_file, position, data_format, block)
 
 
-def in_memory(sources, settings, progress=False):
-    """The Samples of all sources together, prepared in this process."""
-    parts, report, num_samples, num_tokens = [], Report(settings.too_long), 0, 0
-    for samples in tokenize(sources, settings, progress=progress):
-        parts.append(samples.after(num_samples, num_tokens))
+def in_memory(data_files, settings, progress=False):
+    """The Samples of all files together, prepared in this process."""
+    parts, report, counts = [], Report(settings.too_long), Counter()
+    for samples in tokenize(data_files, settings, progress=progress):
+        parts.append(samples.after(counts))
+        counts.update({name: len(column) for name, column in parts[-1].items()})
         report.add(samples.report)
-        num_samples, num_tokens = num_samples + len(parts[-1]["ends"]), num_tokens + len(parts[-1]["input_ids"])
     return Samples({name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}, report)
 
 
@@ -195,11 +166,11 @@ def num_cores():
     return len(os.sched_getaffinity(0))
 
 
-def choose_workers(sources):
+def choose_workers(data_files):
     """Processes for so much data: all cores for much; none for little, which this one tokenizes with threads."""
-    if not all(source.files() for source in sources):  # a data set of the hub: nobody knows its size
+    if not all(data_file.files() for data_file in data_files):  # a data set of the hub: nobody knows its size
         return num_cores()
-    num_bytes = sum(path.stat().st_size for source in sources for path in source.files())
+    num_bytes = sum(path.stat().st_size for data_file in data_files for path in data_file.files())
     num_workers = min(num_cores(), num_bytes // MIN_BYTES_OF_WORKER)
     return num_workers if num_workers > 1 else 0
 

@@ -10,11 +10,10 @@ print(report)
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
-
-from glm_finetune.models.loss import IGNORE
 
 NUM_SHOWN = 5  # bad rows that an error lists
 PERCENTILES = (50, 90, 99)
@@ -66,24 +65,20 @@ class Report:
     def keep(self, rendered, times=1):
         """Count what became of the samples of a row that counts `times`; returns those to train on, to `count`."""
         self.rows += 1
-        learns = [any(label != IGNORE for label in one.labels) for one in rendered]
-        self.no_target += not any(learns)
-        kept = []
-        for one, has_target in zip(rendered, learns):
-            self.question_cut += times * one.source_cut
-            self.answer_cut += times * one.target_cut
-            self.answer_empty += times * one.answer_empty
-            if self.too_long == "drop" and (one.source_cut or one.target_cut):
+        kept, has_target = [], False
+        for one in rendered:
+            targets = compress(one.ids, one.draft.is_target)
+            learns = any(map(len, targets))
+            has_target = has_target or learns
+            self.question_cut += times * one.question_cut
+            self.answer_cut += times * one.answer_cut
+            self.answer_empty += times * one.draft.answer_empty
+            if self.too_long == "drop" and (one.question_cut or one.answer_cut):
                 self.skipped += times
-            elif has_target:
+            elif learns:
                 kept.append(one)
+        self.no_target += not has_target
         return kept
-
-    def keep_whole(self, rows):
-        """The same for rows of which nothing is cut and all is trained on. rows: (times, drafts) of each."""
-        self.rows += len(rows)
-        self.no_target += sum(not drafts for _, drafts in rows)
-        self.answer_empty += sum(times * draft.answer_empty for times, drafts in rows for draft in drafts)
 
     def count(self, columns):
         """Count samples to train on. columns: `columns.COLUMNS`."""
@@ -97,10 +92,10 @@ class Report:
         self.targets += int(num_targets.sum())
         self.lengths.update(lengths.tolist())
 
-    def add_bad(self, error):
+    def add_bad(self, problem):
         """Count a row that is left out for what is wrong with it."""
         self.rows += 1
-        self.bad.append(str(error))
+        self.bad.append(problem)
 
     @property
     def longest(self):

@@ -12,7 +12,7 @@ from bisect import bisect_right
 from glm_finetune.data.blocks import check_unchanged, layout_of, signatures
 from glm_finetune.data.cache import naming_the_cache
 from glm_finetune.data.report import Report
-from glm_finetune.data.samples import first_rows, of_source, prepare_row
+from glm_finetune.data.samples import first_rows, of_file, prepare_row
 from glm_finetune.errors import UserError
 
 LEAVE = "Leave --streaming out."
@@ -21,32 +21,33 @@ LEAVE = "Leave --streaming out."
 class Stream:
     """The rows of files by number."""
 
-    def __init__(self, sources, settings, window, cache_dir=None):
+    def __init__(self, data_files, settings, window, cache_dir=None):
         """window: rows that are kept together in memory, rows [0, window), [window, 2 * window), ...
 
         Raises UserError for a file that is no plain JSON lines or has a weight, and for first rows that do not make
         one sample each.
         """
-        self.sources, self.window, self._blocks, self._first_rows, num_rows = sources, window, [], [], 0
-        before = signatures(sources)
-        for position, source in enumerate(sources):
-            if not source.has_blocks or source.weight != 1:
+        self.data_files, self.window, self._blocks, self._first_rows, num_rows = data_files, window, [], [], 0
+        before = signatures(data_files)
+        for position, data_file in enumerate(data_files):
+            if not data_file.has_blocks or data_file.weight != 1:
+                problem = f"has the weight {float(data_file.weight):g}" if data_file.has_blocks else "is none"
                 raise UserError(
-                    f"{source.path}: --streaming reads files of JSON lines, not compressed, without a weight; this one "
-                    f"{'is none' if not source.has_blocks else f'has the weight {float(source.weight):g}'}. {LEAVE}"
+                    f"{data_file.path}: --streaming reads files of JSON lines, not compressed, without a weight; this "
+                    f"one {problem}. {LEAVE}"
                 )
             with naming_the_cache(cache_dir):
-                layout = layout_of(source, source.path, cache_dir)
+                layout = layout_of(data_file, data_file.path, cache_dir)
             for block in layout.blocks:
                 self._blocks.append((position, block))
                 self._first_rows.append(num_rows + block.first_row)
             num_rows += layout.num_rows
         self.report, self._before = Report(rows=num_rows, streamed=True), before
-        self._settings = [of_source(source, settings) for source in sources]
+        self._settings = [of_file(data_file, settings) for data_file in data_files]
         self._windows = {}  # number of a window: its rows; the newest two, since a step may span two
-        for source, known in zip(sources, self._settings):
-            for number, row in first_rows(source, known):
-                sample_of(source.where(number), row, known)
+        for data_file, known in zip(data_files, self._settings):
+            for number, row in first_rows(data_file, known):
+                sample_of(data_file.where(number), row, known)
 
     def __len__(self):
         return self.report.rows
@@ -54,14 +55,14 @@ class Stream:
     def __getitem__(self, index):
         """Raises UserError naming file and line for a row that is none, or that does not make one sample."""
         position, number, row = self._row(index)
-        return sample_of(self.sources[position].where(number), row, self._settings[position])
+        return sample_of(self.data_files[position].where(number), row, self._settings[position])
 
     def where(self, index):
         position, number, _ = self._row(index)
-        return self.sources[position].where(number)
+        return self.data_files[position].where(number)
 
     def _row(self, index):
-        """(which source, number in it, dict or Unreadable)."""
+        """(which file, number in it, dict or Unreadable)."""
         window = index // self.window
         if window not in self._windows:
             first = window * self.window
@@ -89,5 +90,4 @@ def sample_of(where, row, settings):
     rendered = prepare_row(where, row, settings)
     if len(rendered) != 1:
         raise UserError(f"{where}: makes {len(rendered)} samples, --streaming takes one of each row. {LEAVE}")
-    one = rendered[0]
-    return {"input_ids": one.input_ids, "labels": one.labels, "num_prefix": one.num_prefix}
+    return rendered[0].row

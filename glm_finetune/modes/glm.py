@@ -11,37 +11,36 @@ from functools import partial
 
 import torch
 
-from glm_finetune.data.dataset import original_dataset
 from glm_finetune.models.glm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from glm_finetune.modes.spec import Mode, finish_pair, split_turns
-from glm_finetune.modes.template import ANSWER, FIXED, SOURCE, Draft, Form
+from glm_finetune.modes.template import ANSWER, FIXED, QUESTION, Draft, Template
 from glm_finetune.modes.tokenizer import ChatGLMTokenizer
 
 # Full-width forms that the model writes as ASCII (its tokenizer folds them); restored next to Chinese characters.
 PUNCTUATION = ((",", "，"), ("!", "！"), (":", "："), (";", "；"), (r"\?", "？"))
 
 
-def prompt(history, question, template="train"):
+def prompt(history, question, style="train"):
     """The text before the answer; its colons are full-width.
 
     "train" counts rounds from 1 (ChatGLM-Finetuning's single question is [Round 1]), the official templates from 0;
     "official" leaves a question without history bare, as chat() does, "official_rounds" makes it [Round 0].
     """
-    if not history and template == "official":
+    if not history and style == "official":
         return question
-    first = 1 if template == "train" else 0
+    first = 1 if style == "train" else 0
     past = "".join([f"[Round {i}]\n问：{old}\n答：{answer}\n" for i, (old, answer) in enumerate(history, first)])
     return f"{past}[Round {first + len(history)}]\n问：{question}\n答："
 
 
-def draft(tokenizer, messages, template, trained):
-    """See Form.draft."""
+def draft(tokenizer, messages, style, trained):
+    """See Template.draft."""
     history, question, answer = split_turns(messages[: trained[-1] + 1] if trained else messages)
-    asked = prompt(history, question, template), (tokenizer.gmask_token_id,), (tokenizer.bos_token_id,)
+    asked = prompt(history, question, style), (tokenizer.gmask_token_id,), (tokenizer.bos_token_id,)
     if not trained:
-        return Draft(asked, (SOURCE, FIXED, FIXED), (False, False, False), 2)
+        return Draft(messages, trained, asked, (QUESTION, FIXED, FIXED), (False, False, False), 2)
     parts = (*asked, answer, (tokenizer.eos_token_id,))
-    return Draft(parts, (SOURCE, FIXED, FIXED, ANSWER, FIXED), (False, False, True, True, True), 2, not answer)
+    return Draft(messages, trained, parts, (QUESTION, FIXED, FIXED, ANSWER, FIXED), (False, False, True, True, True), 2)
 
 
 def positions(num_tokens, num_prefix):
@@ -61,7 +60,7 @@ def clean_response(text, history=None):
     return text, history
 
 
-FORM = Form(
+TEMPLATE = Template(
     draft,
     question_tail=3,  # 答 ： and what they are worth in tokens in the original
     overhead=3,  # [gMASK] <sop> <eop>
@@ -72,8 +71,7 @@ GLM = Mode(
     config=ChatGLMConfig,
     model=ChatGLMForConditionalGeneration,
     tokenizer=ChatGLMTokenizer,
-    form=FORM,
-    dataset=partial(original_dataset, FORM),
+    template=TEMPLATE,
     positions=positions,
     clean_response=clean_response,
     finish_turn=partial(finish_pair, clean_response),

@@ -9,10 +9,9 @@ from functools import partial
 
 import torch
 
-from glm_finetune.data.dataset import original_dataset
 from glm_finetune.models.glm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration
 from glm_finetune.modes.spec import Mode, finish_pair, split_turns
-from glm_finetune.modes.template import ANSWER, FIXED, SOURCE, Draft, Form
+from glm_finetune.modes.template import ANSWER, FIXED, QUESTION, Draft, Template
 from glm_finetune.modes.tokenizer import ChatGLM2Tokenizer
 
 TINY_CONFIG = dict(
@@ -47,20 +46,20 @@ TINY_CONFIG = dict(
 )
 
 
-def prompt(history, question, template="train"):
+def prompt(history, question, style="train"):
     """The text before the answer, in training and in the official chat alike: rounds from 1, full-width colons."""
     past = "".join([f"[Round {i}]\n\n问：{old}\n\n答：{answer}\n\n" for i, (old, answer) in enumerate(history, 1)])
     return f"{past}[Round {len(history) + 1}]\n\n问：{question}\n\n答："
 
 
-def draft(tokenizer, messages, template, trained):
-    """See Form.draft."""
+def draft(tokenizer, messages, style, trained):
+    """See Template.draft."""
     history, question, answer = split_turns(messages[: trained[-1] + 1] if trained else messages)
-    asked = tuple(tokenizer.prefix_ids), prompt(history, question, template)
+    asked = tuple(tokenizer.begin_ids), prompt(history, question, style)
     if not trained:
-        return Draft(asked, (FIXED, SOURCE), (False, False))
+        return Draft(messages, trained, asked, (FIXED, QUESTION), (False, False))
     parts = (*asked, answer, (tokenizer.eos_token_id,))
-    return Draft(parts, (FIXED, SOURCE, ANSWER, FIXED), (False, False, True, True), 0, not answer)
+    return Draft(messages, trained, parts, (FIXED, QUESTION, ANSWER, FIXED), (False, False, True, True))
 
 
 def positions(num_tokens, num_prefix):
@@ -73,7 +72,7 @@ def clean_response(text, history=None):
     return text.strip().replace("[[训练时间]]", "2023年"), history
 
 
-FORM = Form(
+TEMPLATE = Template(
     draft,
     question_tail=4,  # the tokens of "\n\n答：" that the original keeps
     overhead=3,  # [gMASK] sop </s>
@@ -83,8 +82,7 @@ GLM2 = Mode(
     config=ChatGLM2Config,
     model=ChatGLM2ForConditionalGeneration,
     tokenizer=ChatGLM2Tokenizer,
-    form=FORM,
-    dataset=partial(original_dataset, FORM),
+    template=TEMPLATE,
     positions=positions,
     clean_response=clean_response,
     finish_turn=partial(finish_pair, clean_response),

@@ -7,37 +7,34 @@ conversation is one sample, without </s> between its messages.
 
 import ast
 import json
-from functools import partial
 
-from glm_finetune.data.dataset import original_dataset
 from glm_finetune.errors import UserError
 from glm_finetune.models.glm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration
 from glm_finetune.modes.glm2 import TINY_CONFIG, positions
 from glm_finetune.modes.spec import Mode
-from glm_finetune.modes.template import ANSWER, FIXED, SOURCE, Draft, Form
+from glm_finetune.modes.template import ANSWER, FIXED, QUESTION, Draft, Template
 from glm_finetune.modes.tokenizer import ChatGLM3Tokenizer
 
 ROLES = ("system", "user", "assistant", "observation")
 MAX_CALL = 10_000  # characters of a tool call that are parsed; Python's parser takes memory and depth for every one
 
 
-def draft(tokenizer, messages, template, trained):
-    """See Form.draft.
+def draft(tokenizer, messages, style, trained):
+    """See Template.draft.
 
     Targets of an answer: metadata, content, and what follows it (the next role, or </s>), which says that it is over;
-    its own role token only in the template "train".
+    its own role token only in the style "train".
     """
     num_messages = trained[-1] + 1 if trained else len(messages)
-    parts, kinds, is_target, follows_answer = [tuple(tokenizer.prefix_ids)], [FIXED], [False], False
+    parts, kinds, is_target, follows_answer = [tuple(tokenizer.begin_ids)], [FIXED], [False], False
     for i, message in enumerate(messages[:num_messages]):
         learns = i in trained
         parts += message_parts(tokenizer, message)
-        kinds += [ANSWER if trained and i == trained[-1] else SOURCE] * 3
-        is_target += [follows_answer or (learns and template == "train"), learns, learns]
+        kinds += [ANSWER if trained and i == trained[-1] else QUESTION] * 3
+        is_target += [follows_answer or (learns and style == "train"), learns, learns]
         follows_answer = learns
     parts.append((_end(tokenizer, messages, num_messages) if trained else tokenizer.get_command("<|assistant|>"),))
-    is_empty = any(not messages[i]["content"] for i in trained)
-    return Draft(parts, [*kinds, FIXED], [*is_target, bool(trained)], 0, is_empty)
+    return Draft(messages, trained, parts, [*kinds, FIXED], [*is_target, bool(trained)])
 
 
 def message_parts(tokenizer, message):
@@ -109,7 +106,7 @@ def stop_token_ids(tokenizer):
     return [tokenizer.eos_token_id, tokenizer.get_command("<|user|>"), tokenizer.get_command("<|observation|>")]
 
 
-FORM = Form(
+TEMPLATE = Template(
     draft,
     question_tail=0,  # the original cuts a long question at its end
     overhead=6,  # of the original's arithmetic: [gMASK] sop </s>, and three tokens that stay unused
@@ -120,8 +117,7 @@ GLM3 = Mode(
     config=ChatGLM2Config,
     model=ChatGLM2ForConditionalGeneration,
     tokenizer=ChatGLM3Tokenizer,
-    form=FORM,
-    dataset=partial(original_dataset, FORM),
+    template=TEMPLATE,
     positions=positions,
     clean_response=clean_response,
     finish_turn=finish_turn,

@@ -25,25 +25,6 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Rendered:
-    """A conversation, or a part of it, as the model sees it.
-
-    input_ids, labels: equal length, label -100 = not a target, not shifted.
-    num_prefix: tokens of the bidirectional prefix (0 in causal modes).
-    source_cut, target_cut: whether question or answer was shortened to fit. answer_empty: an answer to train is "".
-    num_source: tokens before the last answer that Limits.max_src_len counts.
-    """
-
-    input_ids: list
-    labels: list
-    num_prefix: int = 0
-    source_cut: bool = False
-    target_cut: bool = False
-    answer_empty: bool = False
-    num_source: int = 0
-
-
-@dataclass(frozen=True)
 class Mode:
     """One member of the ChatGLM family.
 
@@ -51,18 +32,17 @@ class Mode:
     the tool it calls), tools (of a system message), loss (False: an answer that is not trained). A list with one
     message of the role "text" is text to continue training on.
 
-    render(tokenizer, messages, limits=None, template="train") -> Rendered: with a last assistant message a training
+    render(tokenizer, messages, limits=None, style="train") -> Rendered: with a last assistant message a training
     sample of that answer alone, without one the prompt for generation, the same ids.
-    samples(tokenizer, messages, limits=None, template="train", train_on="all") -> list of Rendered that together train
+    samples(tokenizer, messages, limits=None, style="train", train_on="all") -> list of Rendered that together train
     every assistant message ("last": the last one); empty if none is to be trained. As few samples as the mode allows
     without changing the ids that stand before an answer.
-    Templates: "train" is ChatGLM-Finetuning's and the default of training, "official" the released model's chat,
-    "official_rounds" that of its chat fine-tuning scripts (ChatGLM-6B: a first question is counted, too).
+    style, a value of --template: "train" is ChatGLM-Finetuning's and the default of training, "official" the released
+    model's chat, "official_rounds" that of its chat fine-tuning scripts (ChatGLM-6B: a first question is counted, too).
     positions(num_tokens, num_prefix) -> position ids, (T,) or (2, T) int64.
     clean_response(text, history) -> (response, history) as the original's process_response.
     finish_turn(history, query, role, text) -> (response, new history): the form of a history differs between modes.
-    form: how a conversation is written, see modes/form.py; render and samples are its methods.
-    dataset(path, tokenizer, max_len=, max_src_len=, is_skip=): the data set with ChatGLM-Finetuning's settings.
+    template: how a conversation is written, see modes/template.py; render and samples are its methods.
     stop_token_ids(tokenizer) -> ids that end an answer.
     """
 
@@ -70,8 +50,7 @@ class Mode:
     config: type
     model: type
     tokenizer: type
-    dataset: Callable
-    form: object
+    template: object
     positions: Callable
     clean_response: Callable
     finish_turn: Callable
@@ -93,11 +72,11 @@ class Mode:
 
     @property
     def render(self):
-        return self.form.render
+        return self.template.render
 
     @property
     def samples(self):
-        return self.form.samples
+        return self.template.samples
 
 
 def split_turns(messages):

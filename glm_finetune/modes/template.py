@@ -1,50 +1,102 @@
 """How a mode writes a conversation: first as drafts, texts beside special tokens; then as ids, cut where they must be.
 
-    form = MODE["glm3"].form
-    form.samples(tokenizer, messages, limits)       # what is trained
-    form.render(tokenizer, messages)                # one answer, or the prompt for one
+    template = MODE["glm3"].template
+    template.samples(tokenizer, messages, limits)       # what is trained
+    template.render(tokenizer, messages)                # one answer, or the prompt for one
 
 The two steps are apart so that the texts of many rows can be encoded in one call (`data/prepare.py`): that is what
 makes preparation fast.
 """
 
+from bisect import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from itertools import chain, compress
 from typing import NamedTuple
 
 import numpy as np
 
 from glm_finetune.errors import UserError
 from glm_finetune.models.loss import IGNORE
-from glm_finetune.modes.spec import Rendered
 
-FIXED, SOURCE, ANSWER = range(3)  # kinds of parts. Limits.max_src_len counts SOURCE; what is left is ANSWER's
+FIXED, QUESTION, ANSWER = range(3)  # kinds of parts. Limits.max_src_len counts QUESTION; what is left is ANSWER's
 
 
 class Draft(NamedTuple):
     """A sample, or a prompt, as it is when nothing is cut; its texts are not ids yet.
 
-    parts: a str is a text to encode, a tuple has ids, which are never cut. kinds, is_target: of each part.
-    num_prefix_parts: how many of them are the bidirectional prefix. answer_empty: an answer to train is "".
+    messages, trained: what it is made of, see Template.draft. parts: a str is a text to encode, a tuple has ids, which
+    are never cut. kinds, is_target: of each part. num_prefix_parts: how many of them are the bidirectional prefix.
+    labels: (T,) list, where they are not the targets' own ids; position_ids: beside them, (T,) or (2, T) list, where
+    they are not Mode.positions. Such a draft has no text and is never cut.
     """
 
+    # ChatGLM2, "你好" -> "好": parts     (64790, 64792)  "[Round 1]\n\n问：你好\n\n答："  "好"    (2,)
+    #                          kinds      FIXED           QUESTION                         ANSWER  FIXED
+    #                          is_target  False           False                            True    True
+    messages: list
+    trained: list
     parts: tuple
     kinds: tuple
     is_target: tuple
     num_prefix_parts: int = 0
-    answer_empty: bool = False
+    labels: list | None = None
+    position_ids: list | None = None
+
+    @property
+    def answer_empty(self):
+        """Whether an answer to train is ""."""
+        return not all(self.messages[i]["content"] for i in self.trained)
+
+
+class Rendered(NamedTuple):
+    """A draft as the model sees it.
+
+    ids: a (T,) int32 array for each part of the draft, cut where question_cut or answer_cut says so.
+    """
+
+    draft: Draft
+    ids: list
+    question_cut: bool = False
+    answer_cut: bool = False
+
+    @property
+    def input_ids(self):
+        return np.concatenate(self.ids).tolist()
+
+    @property
+    def labels(self):
+        """As long as input_ids, not shifted; -100 = not a target."""
+        if self.draft.labels is not None:
+            return self.draft.labels
+        parts = zip(self.ids, self.draft.is_target)
+        return np.concatenate([part if learns else np.full_like(part, IGNORE) for part, learns in parts]).tolist()
+
+    @property
+    def num_prefix(self):
+        """Tokens of the bidirectional prefix (0 in causal modes)."""
+        return sum(map(len, self.ids[: self.draft.num_prefix_parts])) if self.draft.num_prefix_parts else 0
+
+    @property
+    def num_question(self):
+        """Tokens before the last answer that Limits.max_src_len counts."""
+        return num_tokens(self.draft, self.ids)[0]
+
+    @property
+    def row(self):
+        """A row of a data set."""
+        row = {"input_ids": self.input_ids, "labels": self.labels, "num_prefix": self.num_prefix}
+        return row if self.draft.position_ids is None else {**row, "position_ids": self.draft.position_ids}
 
 
 @dataclass(frozen=True)
-class Form:
-    """draft(tokenizer, messages, template, trained) -> Draft that ends with answer trained[-1] and what follows it; its
-    targets are the answers `trained`, places in messages. Without any: the prompt after all messages.
+class Template:
+    """draft(tokenizer, messages, style, trained) -> Draft that ends with answer trained[-1] and what follows it; its
+    targets are the answers `trained`, indices in messages. Without any: the prompt after all messages.
 
-    question_tail: tokens at the end of a text before an answer that are never cut. overhead: tokens kept free beside
-    source and answer. joins_answers: whether one sample has all answers of a conversation. text_prefix: tokens of the
-    bidirectional prefix of a text to continue training on, which stands after tokenizer.prefix_ids.
+    style: of the flag --template, see `Mode`. question_tail: tokens at the end of a text before an answer that are
+    never cut. overhead: tokens kept free beside question and answer. joins_answers: whether one sample has all answers
+    of a conversation. text_prefix: tokens of the bidirectional prefix of a text to continue training on, which stands
+    after tokenizer.begin_ids.
     """
 
     draft: Callable
@@ -53,62 +105,75 @@ class Form:
     joins_answers: bool = False
     text_prefix: int = 0
 
-    def fits(self, num_source, num_answer, limits):
-        """Whether nothing of so many tokens must be cut. int, or arrays of them -> bool, or an array."""
-        if limits is None:
-            return num_source == num_source
-        return (num_source <= limits.max_src_len) & (num_source + num_answer <= limits.max_len - self.overhead)
-
-    def drafts(self, tokenizer, messages, template, train_on):
-        """The samples of a conversation if none must be cut: they are `samples` then."""
+    def drafts(self, tokenizer, messages, style="train", train_on="all"):
+        """A row as drafts that together train every answer ("last": the last one); none if none is to be trained."""
+        if messages[0]["role"] == "text":
+            return [self._text(tokenizer, messages)]
         trained = trained_turns(messages, train_on)
         if self.joins_answers:
-            return [self.draft(tokenizer, messages, template, trained)] if trained else []
-        return [self.draft(tokenizer, messages, template, [i]) for i in trained]
+            return [self.draft(tokenizer, messages, style, trained)] if trained else []
+        return [self.draft(tokenizer, messages, style, [i]) for i in trained]
 
-    def render(self, tokenizer, messages, limits=None, template="train"):
+    def fitted(self, tokenizer, draft, encode, limits=None, style="train"):
+        """A draft as samples of at most limits -> list of Rendered, one unless it must be divided.
+
+        encode: function, parts -> their ids (`tokenizer.encode_parts`, or what remembers). limits: None = no limit.
+        Joined answers: those that fit together are one sample, each of the others its own. A text: pieces.
+        """
+        ids, trained = encode(draft.parts), draft.trained
+        if draft.labels is not None:
+            assert not limits or len(draft.labels) <= limits.max_len, f"{len(draft.labels)} tokens, {limits}"
+            return [Rendered(draft, ids)]
+        if draft.messages[0]["role"] == "text":
+            return self._pieces(draft, ids, limits)
+        if len(trained) < 2 or self._fits(draft, ids, limits):
+            return [self._alone(tokenizer, draft, encode, limits, style)]
+        # max_len 40, answers that end at tokens 20, 35 and 50: the first two are one sample, the third is cut alone
+        joined = [self.draft(tokenizer, draft.messages, style, trained[:count]) for count in range(1, len(trained))]
+        num_joined = bisect(joined, False, key=lambda one: not self._fits(one, encode(one.parts), limits))
+        alone = [self.draft(tokenizer, draft.messages, style, [i]) for i in trained[num_joined:]]
+        kept = [*joined[:num_joined][-1:], *alone]
+        return [self._alone(tokenizer, one, encode, limits, style) for one in kept]
+
+    def render(self, tokenizer, messages, limits=None, style="train"):
         """See Mode.render."""
         if not messages:
             raise UserError("an empty conversation.")
         last = len(messages) - 1
         trained = [last] if messages[last]["role"] == "assistant" else []
-        return self._alone(tokenizer, cache(tokenizer.encode_text), messages, limits, template, trained)
+        draft = self.draft(tokenizer, messages, style, trained)
+        return self._alone(tokenizer, draft, tokenizer.encode_parts, limits, style)
 
-    def samples(self, tokenizer, messages, limits=None, template="train", train_on="all"):
-        """See Mode.samples. Joined answers: those that fit together are one sample, each of the others its own."""
-        encode = cache(tokenizer.encode_text)  # parts of a conversation come again and again when it is too long
-        if messages[0]["role"] == "text":
-            return self._pieces(tokenizer, encode(messages[0]["content"]), limits)
-        trained = trained_turns(messages, train_on)
-        rows, alone = [], trained
-        for count in range(len(trained) if self.joins_answers else 0, 0, -1):
-            draft = self.draft(tokenizer, messages, template, trained[:count])
-            ids = encoded(draft, encode)
-            if self.fits(*num_tokens(draft, ids), limits):
-                rows, alone = [complete(draft, ids)], trained[count:]
-                break
-        return rows + [self._alone(tokenizer, encode, messages, limits, template, [i]) for i in alone]
+    def samples(self, tokenizer, messages, limits=None, style="train", train_on="all"):
+        """See Mode.samples."""
+        drafts, encode = self.drafts(tokenizer, messages, style, train_on), remembering(tokenizer)
+        return [one for draft in drafts for one in self.fitted(tokenizer, draft, encode, limits, style)]
 
-    def _alone(self, tokenizer, encode, messages, limits, template, trained):
-        """One answer (or none: a prompt) after all that is before it."""
+    def _fits(self, draft, ids, limits):
+        """Whether nothing must be cut."""
+        if limits is None:
+            return True
+        num_question, num_answer = num_tokens(draft, ids)
+        return num_question <= limits.max_src_len and num_question + num_answer <= limits.max_len - self.overhead
 
-        def made(messages, trained):
-            draft = self.draft(tokenizer, messages, template, trained)
-            return draft, encoded(draft, encode)
-
-        draft, ids = made(messages, trained)
-        if self.fits(*num_tokens(draft, ids), limits):
-            return complete(draft, ids)
-        source_cut = num_tokens(draft, ids)[0] > limits.max_src_len
-        if source_cut and limits.truncation == "head":
-            for kept in newest_rounds(messages, trained):
-                draft, ids = made(*kept)
+    def _alone(self, tokenizer, draft, encode, limits, style):
+        """A draft of one answer (or none: a prompt) -> Rendered."""
+        ids = encode(draft.parts)
+        if self._fits(draft, ids, limits):
+            return Rendered(draft, ids)
+        question_cut = num_tokens(draft, ids)[0] > limits.max_src_len
+        if question_cut and limits.truncation == "head":
+            for messages, trained in newest_rounds(draft.messages, draft.trained):
+                draft = self.draft(tokenizer, messages, style, trained)
+                ids = encode(draft.parts)
                 if num_tokens(draft, ids)[0] <= limits.max_src_len:
                     break
-        return self._cut(draft, ids, limits, source_cut)
+        return self._cut(draft, ids, limits, question_cut)
 
-    def _cut(self, draft, ids, limits, source_cut):
+    def _cut(self, draft, ids, limits, question_cut):
         """The draft without the tokens that limits leave no room for."""
+        # max_src_len 6, question_tail 2, a question of 9 tokens q0 .. q8 (q7 q8 are "答："), so that 3 are too many:
+        # tail q0 q1 q2 q3 | q7 q8    head q3 q4 q5 q6 q7 q8    middle q0 q1 | q5 q6 q7 q8
         lengths = [len(part) for part in ids]
         ends = np.cumsum(lengths)
         kinds, is_text, end = (
@@ -116,9 +181,9 @@ class Form:
             for values in (draft.kinds, [isinstance(part, str) for part in draft.parts], ends)  # of each token
         )
         can_go = is_text & (np.arange(ends[-1]) < end - self.question_tail)
-        free, answer = np.flatnonzero((kinds == SOURCE) & can_go), np.flatnonzero(kinds == ANSWER)
-        num_source = int(np.count_nonzero(kinds == SOURCE))
-        excess = max(0, num_source - limits.max_src_len)
+        free, answer = np.flatnonzero((kinds == QUESTION) & can_go), np.flatnonzero(kinds == ANSWER)
+        num_question = int(np.count_nonzero(kinds == QUESTION))
+        excess = max(0, num_question - limits.max_src_len)
         if excess > len(free):
             forget = ", or use --truncation head, which forgets the oldest rounds"
             raise UserError(
@@ -126,30 +191,38 @@ class Form:
                 f"prediction): raise it{forget if limits.truncation != 'head' else ''}."
             )
         start = {"tail": len(free) - excess, "head": 0, "middle": (len(free) - excess) // 2}[limits.truncation]
-        room = max(0, limits.max_len - self.overhead - num_source + excess)
+        room = max(0, limits.max_len - self.overhead - num_question + excess)
         stays = np.ones(ends[-1], np.bool_)
         stays[free[start : start + excess]] = False
         stays[answer[room:]] = False
         if len(answer) > room and not limits.end_cut_answers:
             stays[-1] = False
-        ids = [list(compress(part, stay)) for part, stay in zip(ids, np.split(stays, ends[:-1]))]
-        return complete(draft, ids, source_cut, len(answer) > room)
+        ids = [part[stay] for part, stay in zip(ids, np.split(stays, ends[:-1]))]
+        return Rendered(draft, ids, question_cut, len(answer) > room)
 
-    def _pieces(self, tokenizer, ids, limits):
-        """A text as pieces of at most max_len tokens, each after the tokenizer's prefix_ids, only the last one ended.
-
-        Everything after the prefix and the mode's own beginning is a target: nothing is lost, nothing overlaps.
-        """
-        begin = tokenizer.prefix_ids
-        room = limits.max_len - len(begin) - 1 if limits else len(ids) or 1
-        pieces = [ids[i : i + room] for i in range(0, len(ids), room)]
-        rows = [begin + piece + ([tokenizer.eos_token_id] if piece is pieces[-1] else []) for piece in pieces]
+    def _text(self, tokenizer, messages):
+        """A text to continue training on: everything after the beginning is a target."""
+        begin = tuple(tokenizer.begin_ids)
         hidden = self.text_prefix or len(begin)
-        return [Rendered(row, [IGNORE] * hidden + row[hidden:], self.text_prefix) for row in rows]
+        parts = begin[:hidden], begin[hidden:], messages[0]["content"], (tokenizer.eos_token_id,)
+        return Draft(messages, [], parts, (FIXED,) * 4, (False, True, True, True), bool(self.text_prefix))
+
+    def _pieces(self, draft, ids, limits):
+        """A text as pieces of at most max_len tokens, each with its beginning, only the last one ended.
+
+        Nothing is lost, nothing overlaps; an empty text has no piece.
+        """
+        prefix, begin, text, end = ids
+        room = limits.max_len - len(prefix) - len(begin) - len(end) if limits else len(text) or 1
+        starts = range(0, len(text), room)
+        return [
+            Rendered(draft, [prefix, begin, text[start : start + room], end if start == starts[-1] else end[:0]])
+            for start in starts
+        ]
 
 
 def trained_turns(messages, train_on):
-    """Places of the assistant messages to train: all ("last": the last one), without those whose `loss` is False."""
+    """Indices of the assistant messages to train: all ("last": the last one), without those whose `loss` is False."""
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     chosen = answers[-1:] if train_on == "last" else answers
     return [i for i in chosen if messages[i].get("loss", True)]
@@ -165,28 +238,24 @@ def newest_rounds(messages, trained):
         yield messages[:first] + messages[start:], [i - start + first for i in trained]
 
 
-def encoded(draft, encode):
-    """The ids of each part of a draft."""
-    return [encode(part) if isinstance(part, str) else part for part in draft.parts]
+def remembering(tokenizer, num_threads=1):
+    """`tokenizer.encode_parts` that encodes every part once."""
+    known = {}
+
+    def encode(parts):
+        try:
+            return [known[part] for part in parts]
+        except KeyError:
+            new = list({part for part in parts if part not in known})
+            known.update(zip(new, tokenizer.encode_parts(new, num_threads)))
+            return [known[part] for part in parts]
+
+    return encode
 
 
 def num_tokens(draft, ids):
-    """(tokens of SOURCE, of ANSWER). ids: of each part."""
+    """(tokens of QUESTION, of ANSWER). ids: of each part."""
     counts = [0, 0, 0]
     for kind, part in zip(draft.kinds, ids):
         counts[kind] += len(part)
-    return counts[SOURCE], counts[ANSWER]
-
-
-def complete(draft, ids, source_cut=False, answer_cut=False):
-    """A draft and the ids of its parts -> Rendered."""
-    labels = [part if target else [IGNORE] * len(part) for part, target in zip(ids, draft.is_target)]
-    return Rendered(
-        list(chain.from_iterable(ids)),
-        list(chain.from_iterable(labels)),
-        sum(map(len, ids[: draft.num_prefix_parts])),
-        source_cut,
-        answer_cut,
-        draft.answer_empty,
-        num_tokens(draft, ids)[0],
-    )
+    return counts[QUESTION], counts[ANSWER]

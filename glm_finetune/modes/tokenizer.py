@@ -218,7 +218,7 @@ class ChatGLMTokenizer(Tokenizer):
         self.vocab_size = self.sp.vocab_size() + self.num_image_tokens
         self.mask_token_id, self.gmask_token_id = self._special("[MASK]"), self._special("[gMASK]")
         self.bos_token_id, self.eos_token_id = self._special("<sop>"), self._special("<eop>")
-        self.prefix_ids = [self.gmask_token_id, self.bos_token_id]  # of a text that answers no question
+        self.begin_ids = [self.gmask_token_id, self.bos_token_id]  # of a text that answers no question
         self.pad_token_id = self._special("<pad>")
         ids = (self.convert_tokens_to_ids(token) for token in self.control_tokens)
         self.special_ids = frozenset(i for i in ids if i != self.num_image_tokens + self.sp.unk_id())
@@ -271,7 +271,7 @@ class ChatGLMTokenizer(Tokenizer):
         return pieces
 
     def add_special_tokens(self, ids, pair_ids=None):
-        ids = ids + self.prefix_ids
+        ids = ids + self.begin_ids
         return ids if pair_ids is None else ids + pair_ids + [self.eos_token_id]
 
     def pieces(self, ids, skip_special_tokens=False):
@@ -330,7 +330,7 @@ class ChatGLM2Tokenizer(Tokenizer):
         self.commands |= {"<bos>": self.bos_token_id, "<eos>": self.eos_token_id, "<pad>": self.pad_token_id}
         self.special_ids = frozenset(self.commands.values()) - {self.sp.unk_id()}
         self.gmask_token_id = self.commands["[gMASK]"]
-        self.prefix_ids = [self.gmask_token_id, self.commands["sop"]]  # of every text
+        self.begin_ids = [self.gmask_token_id, self.commands["sop"]]  # of every text
 
     def special_names(self):
         return {self.eos_token_id: "</s>", self.bos_token_id: "<s>", **self.names}
@@ -362,7 +362,7 @@ class ChatGLM2Tokenizer(Tokenizer):
         return self.sp.encode(self.normalize(text), out_type=str)
 
     def add_special_tokens(self, ids, pair_ids=None):
-        ids = self.prefix_ids + ids
+        ids = self.begin_ids + ids
         return ids if pair_ids is None else ids + pair_ids + [self.eos_token_id]
 
     def pieces(self, ids, skip_special_tokens=False):

@@ -71,9 +71,8 @@ def load_data(config, mode, tokenizer):
         progress=True,
         cache_dir=config.cache_dir or default_cache_dir(),
         overwrite_cache=config.overwrite_cache,
-        window=window,
     )
-    rows = InstructionDataset(config.train_path, **options)
+    rows = InstructionDataset(config.train_path, **options, window=window)
     eval_rows = InstructionDataset(config.eval_path, **options) if config.eval_path else None
     _, world_size = dist.launched()
     if len(rows) < world_size:
