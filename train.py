@@ -18,7 +18,6 @@ from glm_finetune import dist, exits
 from glm_finetune.config import TrainConfig
 from glm_finetune.data.dataset import to_device, without_targets
 from glm_finetune.flags import parse
-from glm_finetune.models.loss import IGNORE
 from glm_finetune.run.optim import lr_at, num_warmup_steps
 from glm_finetune.run.run import Run
 from glm_finetune.run.tracker import Meter, peak_gib
@@ -38,8 +37,9 @@ def train(run):
 
         slots = run.sampler.micro_batches(progress, dist.rank())
         # An empty micro-batch becomes a row without targets, so that no rank waits for another.
-        batches = [run.collate([run.rows[i] for i in slot] or [without_targets(run.rows[0])]) for slot in slots]
-        counts = [sum(b["target_index"].numel() for b in batches), sum(b["input_ids"].numel() for b in batches)]
+        drawn = [run.objective.rows(run.rows, slot, config.seed, progress.epoch) for slot in slots]
+        batches = [run.collate(rows or [without_targets(run.rows[0])]) for rows in drawn]
+        counts = [sum(map(run.objective.count, batches)), sum(batch["input_ids"].numel() for batch in batches)]
         num_targets, num_tokens, stop = dist.sums_over_ranks([*counts, run.stop.requested], run.device)
         run.guard.check_targets(progress.step + 1, num_targets, slots)
         if stop:
@@ -91,8 +91,8 @@ def evaluate(run):
     for start in range(0, len(rows), size * world):
         part = [rows[i] for i in range(start + dist.rank(), min(start + size * world, len(rows)), world)]
         batch = to_device(run.collate(part or [without_targets(rows[0])]), run.device)
-        loss = run.engine(**batch, use_cache=False).token_losses.sum()
-        sums += torch.stack((loss.double(), (batch["labels"][:, 1:] != IGNORE).sum().double()))
+        loss = run.objective.loss(run.engine(**batch, use_cache=False).token_losses, batch)
+        sums += torch.stack((loss.double(), loss.new_tensor(run.objective.count(batch)).double()))
     loss, targets = dist.sum_over_ranks(sums).tolist()
     run.engine.train()
     return loss / max(targets, 1)

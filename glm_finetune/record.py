@@ -22,7 +22,8 @@ FILE = "train_config.json"
 FORMAT_VERSION = 1
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "sentencepiece")
 # The data flags, all of which shape a run's samples, with what was done in checkpoints from before a flag was there.
-SAMPLES = {item.name: item.default for item in dataclasses.fields(DataFlags)} | {"end_cut_answers": True}
+SAMPLES = {item.name: item.default for item in dataclasses.fields(DataFlags)}
+SAMPLES |= {"end_cut_answers": True, "objective": "instruct"}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 
 from glm_finetune import dist, tuning
 from glm_finetune.data.cache import default_cache_dir
@@ -13,6 +14,7 @@ from glm_finetune.data.samples import settings_of
 from glm_finetune.errors import UserError, raise_together, unknown_choice
 from glm_finetune.models.original import DTYPES
 from glm_finetune.modes import MODE
+from glm_finetune.objectives import OBJECTIVE
 from glm_finetune.run import folder
 from glm_finetune.run.ds_config import precision_of, read_ds_file, resolve, stage_of
 from glm_finetune.run.engine import Partitioned
@@ -23,12 +25,9 @@ from glm_finetune.weights import OnDevice
 
 def choose(config):
     """TrainConfig -> (Mode, TrainType). Raises UserError with the nearest name for what is not registered."""
-    raise_together(
-        [
-            *unknown_choice("mode", config.mode, tuple(MODE)),
-            *unknown_choice("train_type", config.train_type, tuple(TRAIN_TYPE)),
-        ]
-    )
+    registries = {"mode": MODE, "train_type": TRAIN_TYPE, "objective": OBJECTIVE}
+    problems = (unknown_choice(flag, getattr(config, flag), tuple(names)) for flag, names in registries.items())
+    raise_together(chain.from_iterable(problems))
     return MODE[config.mode], TRAIN_TYPE[config.train_type]
 
 
@@ -55,19 +54,18 @@ def settle(config):
     raise_together(tuning.problems(config, train_type, stage_of(ds_json)))
     precision = dist.choose_precision(config.precision or precision_of(ds_json), device)
     ds_config = resolve(ds_json, config, world_size, precision, device.type, train_type.fp32)
-    return dict(
-        config=config, mode=mode, train_type=train_type, device=device, precision=precision, ds_config=ds_config
-    )
+    chosen = dict(config=config, mode=mode, objective=OBJECTIVE[config.objective], train_type=train_type)
+    return dict(**chosen, device=device, precision=precision, ds_config=ds_config)
 
 
-def load_data(config, mode, tokenizer):
+def load_data(config, mode, objective, tokenizer):
     """{name: part} of rows, evaluation rows, sampler and collate.
 
     Raises UserError for fewer samples than ranks, and as InstructionDataset.
     """
     window = (config.shuffle_buffer or SHUFFLE_BUFFER) if config.streaming else None
     options = dict(
-        settings=settings_of(config, mode, tokenizer),
+        settings=settings_of(config, mode, tokenizer, objective.drafts),
         progress=True,
         cache_dir=config.cache_dir or default_cache_dir(),
         overwrite_cache=config.overwrite_cache,

@@ -41,6 +41,7 @@ class Run:
 
     config: object
     mode: object
+    objective: object
     train_type: object
     device: torch.device
     precision: str
@@ -115,7 +116,7 @@ def assemble(known):
     """A Run of what `settle` gave, ready for its next step; None where none is left. All ranks must call."""
     config, device = known["config"], known["device"]
     tokenizer, _ = build.check_base(known["mode"], config.model_name_or_path, config.max_len)
-    data = load_data(config, known["mode"], tokenizer)
+    data = load_data(config, known["mode"], known["objective"], tokenizer)
     engine.start(device)
     exits.share_words()
     engine.check(known["ds_config"])
@@ -146,13 +147,13 @@ def assemble(known):
         progress=progress,
         total_steps=total_steps,
         engine=ds_engine,
-        step=partial(engine.accumulate, ds_engine),
+        step=partial(engine.accumulate, ds_engine, known["objective"]),
         guard=Guard(ds_engine, config, known["train_type"], data["rows"].where),
         saver=Saver(ds_engine, tokenizer, known["train_type"], config, record, numbers.get("best")),
     )
 
 
-def load_engine(config, mode, train_type, ds_config, precision, device):
+def load_engine(config, mode, objective, train_type, ds_config, precision, device):
     """The model with its weights and what learns of it, in DeepSpeed's engine. All ranks must call."""
     dist.seed_all(config.seed)
     place = choose_place(config, train_type, ds_config, precision, device)

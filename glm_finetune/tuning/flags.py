@@ -15,6 +15,7 @@ class TuningFlags(Flags):
         "lora",
         "what is trained",
     )
+    objective: str = flag("what is learnt: instruct (the answers of conversations, or plain text)", "instruct")
     lora_dim: int = flag("LoRA rank", 8)
     lora_alpha: float = flag("LoRA scale: the update is multiplied by alpha / rank", 30)
     lora_dropout: float = flag("dropout in front of the LoRA matrices", 0.1)
