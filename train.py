@@ -91,7 +91,7 @@ def evaluate(run):
     for start in range(0, len(rows), size * world):
         part = [rows[i] for i in range(start + dist.rank(), min(start + size * world, len(rows)), world)]
         batch = to_device(run.collate(part or [without_targets(rows[0])]), run.device)
-        loss = run.engine(**batch, num_targets=1, use_cache=False).loss
+        loss = run.engine(**batch, use_cache=False).token_losses.sum()
         sums += torch.stack((loss.double(), (batch["labels"][:, 1:] != IGNORE).sum().double()))
     loss, targets = dist.sum_over_ranks(sums).tolist()
     run.engine.train()

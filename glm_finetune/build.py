@@ -1,17 +1,19 @@
 """Names and folders -> mode, tokenizer, model with weights. Used by every script and by the tests.
 
-source = find_source("output/epoch-1-step-100")        # what a folder is, and where its base is
-tokenizer, model = load_source(source, torch.bfloat16, device)
+folder = find_model_folder("output/epoch-1-step-100")        # what it is, and where its base is
+tokenizer, model = load_model_folder(folder, "bf16", device)
 """
 
-import re
+import dataclasses
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from glm_finetune.errors import UserError, raise_together, unknown_choice
-from glm_finetune.models.network import DTYPES
-from glm_finetune.modes import MODE
-from glm_finetune.tuning.lora import load_adapter
+from glm_finetune.models.original import DTYPES
+from glm_finetune.modes import MODE, mode_of, refuse_architecture, refuse_others
+from glm_finetune.record import Prompt, lacks_prompt, prompt_of, read_record
+from glm_finetune.tuning.adapter import load_adapter
 from glm_finetune.tuning.ptuning import is_prefix_folder, load_prefix
 from glm_finetune.weights import OnDevice, read_json, weight_files
 
@@ -21,7 +23,7 @@ def check_base(mode, folder, max_len=0):
 
     Raises UserError if the folder lacks a file, is of another mode, or its tokenizer belongs to another model.
     """
-    config = mode.config.from_pretrained(folder)
+    config = config_of(mode, folder)
     weight_files(folder)
     if config.source.get("quantization_bit"):
         raise UserError(
@@ -33,7 +35,7 @@ def check_base(mode, folder, max_len=0):
             f"{folder}: rope_ratio is {config.source['rope_ratio']} in its config.json; models with stretched "
             "positions (the 32k variants) are not supported."
         )
-    mode.refuse_others(folder, config.source)
+    refuse_others(mode, folder, config.source)
     if max_len > config.max_positions:
         raise UserError(f"--max_len {max_len}: {folder} was made for {config.max_positions} tokens (its config.json).")
     tokenizer = mode.tokenizer.from_pretrained(folder)
@@ -54,6 +56,14 @@ def check_base(mode, folder, max_len=0):
     return tokenizer, config
 
 
+def config_of(mode, folder):
+    """The configuration of a base folder. Raises UserError if there is none or it is of another architecture."""
+    path = Path(folder) / "config.json"
+    if path.is_file():
+        refuse_architecture(mode, path, read_json(path))
+    return mode.config.from_pretrained(folder)
+
+
 def load_base(mode, folder, place, gradient_checkpointing=False):
     """The base model, its weights where `choose_place` says, in eval mode. Raises UserError for weights that do not
     fit."""
@@ -65,49 +75,56 @@ def load_base(mode, folder, place, gradient_checkpointing=False):
 
 
 @dataclass(frozen=True)
-class Source:
-    """What a model folder is.
+class ModelFolder:
+    """What a folder is that holds a model, or a part of one: a base, one trained or merged here, or an adapter.
 
-    prompt_text: that of its training, or None.
-    adapter: folder of a LoRA adapter or (is_prefix) a P-tuning prefix, or None. template: "train" or "official".
-    is_bare: not made by this project.
+    adapter: folder of a LoRA adapter or (is_prefix) a P-tuning prefix, or None. is_bare: not made by this project.
+    prompt: of its training.
     """
 
     mode: object
     base: Path
     adapter: Path | None
-    template: str
+    prompt: Prompt
     is_bare: bool
     is_prefix: bool
-    prompt_text: str | None = None
+
+    def context(self):
+        """Tokens of prompt and answer that the model was made for; a P-tuning prompt of version 1 takes its share."""
+        taken = (read_json(self.adapter / "config.json").get("prompt_len") or 0) if self.is_prefix else 0
+        return config_of(self.mode, self.base).max_positions - taken
 
 
-def find_source(folder, mode_name=None, base=None, template=None):
-    """Look at a folder: a base checkpoint, one trained or merged here, or an adapter (of this project or plain peft).
+def find_model_folder(folder, mode_name=None, base=None, flags=None):
+    """Look at a folder (of this project or plain peft) -> ModelFolder.
 
-    mode_name, base, template replace what the folder says. Raises UserError saying what is missing and which flag
-    gives it.
+    mode_name, base: replace what it says. flags: an object with the names of Prompt; what is not None there replaces
+    the recorded prompt. Raises UserError saying what is missing and which flag gives it.
     """
     folder = Path(folder)
     raise_together(unknown_choice("mode", mode_name, tuple(MODE)))
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder.")
-    record = read_json(folder / "train_config.json") if (folder / "train_config.json").is_file() else {}
+    record = read_record(folder)
     is_prefix = record.get("saves") == "prefix" or is_prefix_folder(folder)
-    is_adapter = is_prefix or (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+    is_lora = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+    is_adapter = is_prefix or is_lora
     base = Path(base or _recorded_base(folder, record)) if is_adapter else folder
-    mode = MODE.get(mode_name or record.get("mode") or _mode_of(base))
+    mode_name = mode_name or record.get("mode")
+    mode = MODE.get(mode_name) if mode_name else _mode_of(base)
     if mode is None:
         raise UserError(f"{folder}: which member of the family is it? Give --mode ({', '.join(MODE)}).")
-    return Source(
-        mode,
-        base,
-        folder if is_adapter else None,
-        template or record.get("template", "official"),
-        is_bare=not record and not is_adapter,
-        is_prefix=is_prefix,
-        prompt_text=record.get("flags", {}).get("prompt_text"),
-    )
+    given = {item.name: getattr(flags, item.name, None) for item in dataclasses.fields(Prompt)}
+    given = {name: value for name, value in given.items() if value is not None}
+    if record and lacks_prompt({**record, **given}):
+        print(
+            f"{folder}: an earlier version merged it and did not record the prompt of its training: give --prompt_text "
+            "where one was used.",
+            file=sys.stderr,
+        )
+    prompt = dataclasses.replace(prompt_of(record), **given)
+    is_bare = not record and not is_adapter
+    return ModelFolder(mode, base, folder if is_adapter else None, prompt, is_bare, is_prefix)
 
 
 def _recorded_base(folder, record):
@@ -124,25 +141,20 @@ def _recorded_base(folder, record):
 
 
 def _mode_of(base):
-    """The mode of a bare checkpoint, from the fields and the name in its config.json; None if they leave it open."""
+    """The Mode of a base that nothing is recorded of, or None. Raises UserError where there is no config.json."""
     if not (base / "config.json").is_file():
-        inside = sorted(path.name for path in base.glob("*/*config.json") for path in [path.parent])
+        inside = sorted(path.parent.name for path in base.glob("*/*config.json"))
         raise UserError(
             f"{base}: has no config.json; expected a checkpoint or an adapter (adapter_config.json)."
             + (f" Give one of the folders in it: {', '.join(dict.fromkeys(inside))}." if inside else "")
         )
-    fields = read_json(base / "config.json")
-    if all(name in fields for name in MODE["glm"].config.required_fields):
-        return "glm"
-    name = f"{fields.get('_name_or_path', '')} {base.resolve().name}"
-    match = re.search(r"chatglm([23])|(codegeex2)", name, re.IGNORECASE)
-    return match and ("glm2" if match[2] else f"glm{match[1]}")
+    return mode_of(read_json(base / "config.json"), base.resolve().name)
 
 
-def load_source(source, precision, device):
-    """Tokenizer and model of a `find_source` result, ready to generate."""
-    tokenizer, _ = check_base(source.mode, source.base)
-    model = load_base(source.mode, source.base, OnDevice(DTYPES[precision], device))
-    if source.adapter is None:
+def load_model_folder(folder, precision, device):
+    """Tokenizer and model of a ModelFolder, ready to generate."""
+    tokenizer, _ = check_base(folder.mode, folder.base)
+    model = load_base(folder.mode, folder.base, OnDevice(DTYPES[precision], device))
+    if folder.adapter is None:
         return tokenizer, model
-    return tokenizer, load_prefix(model, source.adapter) if source.is_prefix else load_adapter(model, source.adapter)
+    return tokenizer, load_prefix(model, folder.adapter) if folder.is_prefix else load_adapter(model, folder.adapter)

@@ -1,16 +1,12 @@
-"""The flags of every script: those of train.py are the rooms' added up, the others are here by name only."""
+"""The flags of train.py: the rooms' flags, added up."""
 
 from dataclasses import dataclass
 
-from glm_finetune.answer.flags import PredictConfig
-from glm_finetune.convert.flags import MergeConfig
-from glm_finetune.data.flags import BatchFlags, DataFlags, ReportConfig
+from glm_finetune.data.flags import BatchFlags, DataFlags
 from glm_finetune.flags import Flags, flag
 from glm_finetune.modes.flags import ModelFlags
 from glm_finetune.run.flags import MemoryFlags, OptimizationFlags, OutputFlags
 from glm_finetune.tuning.flags import TuningFlags
-
-__all__ = ["DataFlags", "MergeConfig", "PredictConfig", "ReportConfig", "TrainConfig"]
 
 
 @dataclass(kw_only=True)

@@ -164,6 +164,11 @@ class OnDevice:
 
     A place has two methods. construct(build) -> build(), a model without values. assign(model, name, tensor) gives a
     parameter its value and returns whether all of it is finite. Others: `engine.Partitioned`, `quantize.Quantized`.
+
+        file             a.weight (fp16)           b.weight
+        OnDevice         cast, whole, on the card  the same            a model of meta tensors, replaced one by one
+        Partitioned      a part on each rank       the same            divided when it is made, filled from rank 0
+        Quantized        4 bit, on the card        cast if it is no matrix of a layer
     """
 
     dtype: torch.dtype
@@ -210,18 +215,18 @@ def fill(model, folder, place, ignore=(), may_miss=(), aliases=None):
         target = aliases.get(name, name)
         if any(re.search(pattern, name) for pattern in ignore):
             continue
+        has_value = target in seen
+        seen.add(target)
         if target not in parameters:
             unexpected.append(name)
         elif not tensor.is_floating_point():
             misshaped.append(f"{name}: {tensor.dtype} in the file (quantised?), a floating-point type expected")
-        elif tuple(full_shape(parameters[target])) != tuple(tensor.shape):
-            expected = tuple(full_shape(parameters[target]))
+        elif (expected := tuple(full_shape(parameters[target]))) != tuple(tensor.shape):
             misshaped.append(f"{name}: {tuple(tensor.shape)} in the file, {expected} expected")
-        elif (name != target or target not in seen or target not in aliases.values()) and not place.assign(
-            model, target, tensor
-        ):
+        elif has_value and name == target and target in aliases.values():
+            pass  # ChatGLM-6B's files hold the tied matrix twice; lm_head.weight, its alias, has been read already
+        elif not place.assign(model, target, tensor):
             not_finite.append(name)
-        seen.add(target)
     missing = [name for name in parameters if name not in seen and not any(part in name for part in may_miss)]
     kinds = (
         ("missing", missing),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from glm_finetune import MODE
+from tests import refusal
 from tests.ranks import Job, run_ranks, train_arguments
 from tests.tiny import make_checkpoint
 
@@ -20,6 +21,12 @@ def cache_home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_folder(tmp_path_factory):
+    """The folder of all temporary folders."""
+    return tmp_path_factory.getbasetemp()
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +66,25 @@ def pytest_collection_modifyitems(config, items):
         left_out = [item for item, marker in cells if marker and not marker.kwargs["always"]]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--record-refusals", action="store_true", help="record the wording of refusals, not compare it")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """A test that passes has met refusals worded as they are recorded of it, or records them."""
+    refusal.heard.clear()
+    result = yield
+    folders = item.funcargs["session_folder"], item.funcargs.get("tmp_path")
+    messages = [refusal.normalised(message, *folders) for message in refusal.heard]
+    if not item.config.getoption("--record-refusals"):
+        refusal.assert_worded_as_recorded(item.nodeid, messages)
+    elif messages:
+        refusal.record({item.nodeid: messages})
+        refusal.recorded.cache_clear()
+    return result
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from glm_finetune.answer.chat import chat_ids
 from glm_finetune.data.dataset import collate
 from glm_finetune.models.layers import rotary_angles
 from glm_finetune.modes.glm2 import prompt
-from glm_finetune.tuning.lora import load_adapter
+from glm_finetune.tuning.adapter import load_adapter
 
 
 def load_model(checkpoint_dir, mode):
@@ -55,9 +55,8 @@ def build_prompt(tokenizer, mode, query, history):
 def chat(model, tokenizer, mode, query, history, max_length):
     # The original ChatGLM3 drops the last token it generated, whatever it is (oracle_exceptions.json); ours keeps it,
     # so it is asked for one token less.
-    return chat_once(
-        model, tokenizer, MODE[mode], query, history, max_length=max_length - (mode == "glm3"), do_sample=False
-    )
+    num_tokens = len(chat_ids(MODE[mode], tokenizer, query, history))
+    return chat_once(model, tokenizer, MODE[mode], query, history, max_length - (mode == "glm3") - num_tokens)
 
 
 def process_response(model, mode, text, history=None):

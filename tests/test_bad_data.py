@@ -12,7 +12,7 @@ from glm_finetune.data.formats import FORMATS
 from glm_finetune.data.samples import Settings, prepare_row
 from glm_finetune.modes.spec import Limits
 from tests.ranks import run_ranks, train_arguments, train_main
-from tests.refusal import refused
+from tests.refusal import heard, refused
 
 TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 SPOKEN = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
@@ -158,6 +158,7 @@ def test_whatever_is_in_a_row_is_a_sample_or_one_clear_error(name, checkpoints):
                 outcomes.append(bool(prepare_row("file, line 7", mutant, settings)))
             except ValueError as error:
                 assert str(error).startswith("file, line 7: ") and len(str(error)) < 500
+                heard.append(str(error))
                 outcomes.append(None)
     assert outcomes.count(True) > 2 and outcomes.count(None) > 30
 

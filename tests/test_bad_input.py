@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from glm_finetune import MODE, dist
-from glm_finetune.config import MergeConfig, PredictConfig, TrainConfig
+from glm_finetune.answer.flags import PredictConfig
+from glm_finetune.config import TrainConfig
+from glm_finetune.convert.flags import MergeConfig
 from glm_finetune.flags import parse
 from glm_finetune.run.ds_config import precision_of, read_ds_file, resolve
 from glm_finetune.run.parts import choose

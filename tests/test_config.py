@@ -8,7 +8,9 @@ import shutil
 import pytest
 
 from glm_finetune import dist
-from glm_finetune.config import MergeConfig, PredictConfig, TrainConfig
+from glm_finetune.answer.flags import PredictConfig
+from glm_finetune.config import TrainConfig
+from glm_finetune.convert.flags import MergeConfig
 from glm_finetune.data.sampler import Progress, StepSampler
 from glm_finetune.flags import parse
 from glm_finetune.run.optim import lr_at, num_warmup_steps

@@ -2,10 +2,11 @@
 
 import pytest
 
-from glm_finetune.config import DataFlags, TrainConfig
+from glm_finetune.config import TrainConfig
+from glm_finetune.data.flags import DataFlags
 from glm_finetune.flags import parse
 from glm_finetune.modes import MODE
-from glm_finetune.run.checkpoint import RENDERING, train_record
+from glm_finetune.record import SAMPLES, train_record
 from glm_finetune.run.resume import check_same_run
 from glm_finetune.tuning import TRAIN_TYPE
 from glm_finetune.weights import write_json
@@ -26,6 +27,8 @@ def record(checkpoints, data_file):
 
 
 CHANGES = {
+    "max_len": "100",
+    "max_src_len": "60",
     "is_skip": "True",
     "truncation": "head",
     "end_cut_answers": "True",
@@ -39,8 +42,7 @@ CHANGES = {
 
 
 def test_every_flag_that_changes_samples_is_part_of_a_runs_identity(record, tmp_path):
-    assert CHANGES.keys() == RENDERING.keys()
-    assert {"max_len", "max_src_len", *CHANGES} == set(DataFlags.__dataclass_fields__)
+    assert CHANGES.keys() == SAMPLES.keys() == DataFlags.__dataclass_fields__.keys()
     write_json(record(), tmp_path / "train_config.json")
     check_same_run(tmp_path, record(), force=False)
     for name, value in CHANGES.items():
@@ -59,7 +61,7 @@ def test_weights_of_files_and_their_bytes_are_part_of_it(record, data_file, tmp_
 
 def test_a_checkpoint_from_before_these_flags_goes_on_with_what_was_done_then(record, tmp_path):
     old = record()
-    for name in [name for name in RENDERING if name not in ("is_skip", "template")]:
+    for name in [name for name in SAMPLES if name not in ("max_len", "max_src_len", "is_skip", "template")]:
         del old["identity"][name]
     write_json(old, tmp_path / "train_config.json")
     refused(lambda: check_same_run(tmp_path, record(), False), "end_cut_answers: True there, False here")

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from glm_finetune import MODE, exits
-from glm_finetune.config import ReportConfig
 from glm_finetune.data import __main__ as report_script
 from glm_finetune.data.dataset import InstructionDataset
+from glm_finetune.data.flags import ReportConfig
 from glm_finetune.data.histogram import BAR, LIMIT, OVER, Panel, bins_of, nice_step, save_histograms
 from glm_finetune.data.report import Report, percentile
 from glm_finetune.data.samples import settings_of

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from glm_finetune.config import PredictConfig
+from glm_finetune.answer.flags import PredictConfig
 from glm_finetune.data import files
 from glm_finetune.data.dataset import InstructionDataset
 from glm_finetune.data.samples import read_questions

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from glm_finetune import MODE
-from glm_finetune.config import PredictConfig, TrainConfig
+from glm_finetune.answer.flags import PredictConfig
+from glm_finetune.config import TrainConfig
 from glm_finetune.data import files
 from glm_finetune.data.blocks import fingerprint
 from glm_finetune.data.dataset import InstructionDataset

@@ -39,15 +39,15 @@ def poisoned_main(arguments, bad_rank, bad_calls, what):
 
     from glm_finetune.models import network
 
-    original, calls = network.head_loss, iter(range(10**6))
+    original, calls = network.head_losses, iter(range(10**6))
 
-    def head_loss(*args):
-        loss = original(*args)
+    def head_losses(*args):
+        losses = original(*args)
         if next(calls) in bad_calls and dist.rank() == bad_rank:
-            return loss * float("nan") if what == "loss" else PoisonGradient.apply(loss)
-        return loss
+            return losses * float("nan") if what == "loss" else PoisonGradient.apply(losses)
+        return losses
 
-    network.head_loss = head_loss
+    network.head_losses = head_losses
     return train_main(arguments)
 
 

@@ -44,8 +44,8 @@ def test_loss_is_torchs_cross_entropy_of_the_logits(mode, checkpoints, data_file
 def test_padding_changes_no_loss(mode, checkpoints, data_file):
     rows, tokenizer = dataset(mode, checkpoints, data_file)
     model = load(mode, checkpoints)
-    together = model(**batch_of(rows[:6], mode, tokenizer), num_targets=1).loss
-    alone = sum(model(**batch_of([row], mode, tokenizer), num_targets=1).loss for row in rows[:6])
+    together = model(**batch_of(rows[:6], mode, tokenizer)).token_losses.sum()
+    alone = sum(model(**batch_of([row], mode, tokenizer)).token_losses.sum() for row in rows[:6])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
@@ -61,7 +61,7 @@ def test_positions_and_mask_of_the_batch_are_those_the_model_derives(mode, check
 def test_a_batch_without_targets_gives_zero_and_reaches_every_weight(mode, checkpoints, data_file):
     rows, tokenizer = dataset(mode, checkpoints, data_file)
     model = load(mode, checkpoints)
-    output = model(**batch_of([without_targets(rows[0])], mode, tokenizer), num_targets=7).loss
+    output = model(**batch_of([without_targets(rows[0])], mode, tokenizer)).token_losses.sum() / 7
     output.backward()
     assert output.item() == 0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
@@ -77,13 +77,51 @@ def test_chunked_loss_and_gradients_are_torchs(rows_at_a_time, monkeypatch):
     expected_gradients = torch.autograd.grad(expected, (hidden, weight))
     monkeypatch.setattr(loss, "MAX_LOGITS_BYTES", rows_at_a_time * 4 * 50)
     for total in (
-        loss.token_loss_sum(hidden, weight, targets) * 0.3,
-        loss.wrapped_head_loss_sum(hidden, HeadOf(weight), targets) * 0.3,
+        loss.token_losses(hidden, weight, targets).sum() * 0.3,
+        loss.wrapped_head_losses(hidden, HeadOf(weight), targets).sum() * 0.3,
     ):
         torch.testing.assert_close(total, expected)
         torch.testing.assert_close(
             torch.autograd.grad(total, (hidden, weight)), expected_gradients, rtol=1e-5, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("rows_at_a_time", [3, 100])
+@pytest.mark.parametrize("learns", [(True, True), (True, False), (False, True)], ids=["both", "hidden", "head"])
+def test_each_token_can_weigh_what_it_likes(learns, rows_at_a_time, monkeypatch):
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(10, 16), torch.randn(50, 16), torch.randint(50, (10,))
+    weighs = torch.tensor([0.0, -1.5, 2.0, 0.1, 1.0, 0.0, 3.0, 1.0, -0.2, 0.7])
+    inputs = [tensor.requires_grad_() for tensor, learn in zip((hidden, weight), learns) if learn]
+    expected = F.cross_entropy(hidden @ weight.t(), targets, reduction="none")
+    expected_gradients = torch.autograd.grad((expected * weighs).sum(), inputs)
+    monkeypatch.setattr(loss, "MAX_LOGITS_BYTES", rows_at_a_time * 4 * 50)
+    for losses in (
+        loss.token_losses(hidden, weight, targets),
+        loss.wrapped_head_losses(hidden, HeadOf(weight), targets),
+    ):
+        assert losses.dtype == torch.float32
+        torch.testing.assert_close(losses, expected)
+        gradients = torch.autograd.grad((losses * weighs).sum(), inputs)
+        torch.testing.assert_close(gradients, expected_gradients, rtol=1e-5, atol=1e-5)
+
+
+@every_mode
+@pytest.mark.parametrize("max_len", [None, 256], ids=["padded", "packed"])
+def test_three_parts_are_the_forward_pass(mode, max_len, checkpoints, data_file):
+    rows, tokenizer = dataset(mode, checkpoints, data_file)
+    model = load(mode, checkpoints)
+    batch = collate(rows[:5], tokenizer.pad_token_id, MODE[mode].positions, max_len)
+    stream = model.begin(batch)
+    hidden = stream.hidden
+    for layer, prefix in zip(model.layers, stream.prefixes, strict=True):
+        hidden = layer(hidden, stream.mask, stream.cos, stream.sin, prefix)
+    output = model(**batch, use_cache=False, return_logits=True)
+    assert torch.equal(model.end(hidden, batch), output.token_losses)
+    assert torch.equal(model.logits(hidden), output.logits)
+    logits, targets = output.logits.flatten(0, 1)[batch["target_index"]], batch["labels"].flatten()
+    expected = F.cross_entropy(logits, targets[batch["target_index"] + 1], reduction="none")
+    torch.testing.assert_close(output.token_losses, expected, rtol=1e-5, atol=1e-5)
 
 
 class HeadOf(torch.nn.Module):

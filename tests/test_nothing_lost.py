@@ -18,6 +18,7 @@ from glm_finetune import build, weights
 from glm_finetune.config import TrainConfig
 from glm_finetune.data.sampler import Progress
 from glm_finetune.flags import parse
+from glm_finetune.record import train_record
 from glm_finetune.run import checkpoint, state
 from glm_finetune.run.folder import check_output_dir
 from glm_finetune.run.parts import choose
@@ -61,7 +62,7 @@ def new_run(base, output_dir, kind):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
     tokenizer = mode.tokenizer.from_pretrained(base)
-    record, engine = checkpoint.train_record(config, train_type, tokenizer, 1), StandInEngine(model)
+    record, engine = train_record(config, train_type, tokenizer, 1), StandInEngine(model)
     config.save_total_limit = 1
     saver = checkpoint.Saver(engine, tokenizer, TRAIN_TYPE[kind], config, record)
     return lambda step: save(saver, Progress(step, 1, 0))
@@ -196,14 +197,14 @@ def adapter_tensors(change):
 )
 def test_a_damaged_adapter_is_named_with_what_is_wrong(adapter, damage, parts):
     damage(adapter)
-    refused(lambda: build.load_source(build.find_source(adapter), "fp32", CPU), *parts)
+    refused(lambda: build.load_model_folder(build.find_model_folder(adapter), "fp32", CPU), *parts)
 
 
 @pytest.mark.parametrize("changes", [{"num_layers": 1}, {"num_layers": 3}, {"hidden_size": 64}])
 def test_an_adapter_of_another_base_is_refused(adapter, tmp_path, changes):
     base = make_checkpoint("glm3", tmp_path / "other", **changes)
     refused(
-        lambda: build.load_source(build.find_source(adapter, base=base), "fp32", CPU),
+        lambda: build.load_model_folder(build.find_model_folder(adapter, base=base), "fp32", CPU),
         "does not fit the base",
     )
 
@@ -211,12 +212,12 @@ def test_an_adapter_of_another_base_is_refused(adapter, tmp_path, changes):
 def test_an_adapter_whose_base_is_gone_says_where_it_was_and_which_flag_helps(adapter):
     json_fields("train_config.json", base="old/base", base_absolute="old/base")(adapter)
     json_fields("adapter_config.json", base_model_name_or_path="old/base")(adapter)
-    refused(lambda: build.find_source(adapter), "old/base", "--ori_model_dir")
+    refused(lambda: build.find_model_folder(adapter), "old/base", "--ori_model_dir")
 
 
 def test_the_folder_of_a_run_is_answered_with_the_checkpoints_in_it(adapter):
-    refused(lambda: build.find_source(adapter.parent), "Give one of the folders in it: epoch-1-step-1")
-    refused(lambda: build.find_source(adapter, mode_name="glm4"), "--mode 'glm4'")
+    refused(lambda: build.find_model_folder(adapter.parent), "Give one of the folders in it: epoch-1-step-1")
+    refused(lambda: build.find_model_folder(adapter, mode_name="glm4"), "--mode 'glm4'")
 
 
 @pytest.mark.parametrize(

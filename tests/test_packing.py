@@ -12,7 +12,7 @@ from glm_finetune import MODE, build
 from glm_finetune.config import TrainConfig
 from glm_finetune.data.dataset import collate
 from glm_finetune.data.packing import best_fit
-from glm_finetune.models import glm2, layers
+from glm_finetune.models import glm2, layers, prefixes
 from glm_finetune.run.parts import choose_place
 from glm_finetune.tuning import TRAIN_TYPE
 
@@ -73,7 +73,7 @@ def trainee(mode, trained, checkpoints, checkpointing=False):
 
 
 def loss_and_gradients(model, batch):
-    loss = model(**batch, num_targets=7, use_cache=False).loss
+    loss = model(**batch, use_cache=False).token_losses.sum() / 7
     loss.backward()
     return loss, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
@@ -190,7 +190,7 @@ def segments(num_heads, num_kv_heads, num_shared, **options):
 def masked(query, key, value, bounds):
     """The same attention by the one mask rule."""
     ids = torch.searchsorted(bounds, torch.arange(40, device=bounds.device), right=True).view(2, 20)
-    mask = layers.with_prefix_columns(layers.visible(ids, None, 20), key.shape[2] - 20)
+    mask = prefixes.with_prefix_columns(layers.visible(ids, None, 20), key.shape[2] - 20)
     return layers.attend(query, key, value, mask)
 
 

@@ -23,8 +23,9 @@ def asked(monkeypatch, tmp_path):
     def run(checkpoint, path, *arguments):
         prompts = []
 
-        def answer_batch(model, tokenizer, source, config, conversations):
-            prompts.extend(source.mode.render(tokenizer, m, None, source.template).input_ids for m in conversations)
+        def answer_batch(model, tokenizer, folder, config, conversations):
+            template = folder.prompt.template
+            prompts.extend(folder.mode.render(tokenizer, m, None, template).input_ids for m in conversations)
             return ["水泵_部件故障_漏水"] * len(conversations), 0
 
         monkeypatch.setattr(predict, "answer_batch", answer_batch)

@@ -3,16 +3,22 @@
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from glm_finetune.modes import MODE
+from glm_finetune.tuning import TRAIN_TYPE
+from tests.ranks import train_arguments
+
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(
     [*ROOT.glob("*.py"), *ROOT.glob("glm_finetune/**/*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("benchmarks/*.py")]
 )
+LIBRARY = [path for path in SOURCES if path.parent == ROOT or path.is_relative_to(ROOT / "glm_finetune")]
 TESTS = sorted(ROOT.glob("tests/**/*.py"))
 
 # Who may import whom: a module may import those of lower levels, and those of its own level.
@@ -20,7 +26,7 @@ LEVELS = (
     ("errors", "flags", "dist", "exits", "weights"),
     ("models",),
     ("modes", "tuning", "data"),
-    ("build",),
+    ("record", "build", "generator"),
     ("run", "answer", "evaluate", "convert"),
     ("config",),
 )
@@ -66,6 +72,37 @@ def test_modules_import_only_what_lies_below_them():
                 assert LEVEL_OF[other] <= LEVEL_OF[parts[0]], f"{path.name} imports {name}"
 
 
+ROOMS = ("answer", "evaluate", "convert")
+
+
+@pytest.mark.parametrize(
+    "script, strangers", [("train", ROOMS), ("predict", ("run", "convert")), ("merge_lora", ("run", *ROOMS[:2]))]
+)
+def test_scripts_import_only_the_rooms_they_need(script, strangers):
+    code = f"import sys, {script}; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not [name for name in run.stdout.split() for other in strangers if name == f"glm_finetune.{other}"]
+
+
+@pytest.mark.slow
+def test_training_works_without_the_rooms_that_it_does_not_need(checkpoints, data_file, tmp_path):
+    for name in subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split():
+        if name.endswith((".py", ".json")) and not name.startswith(
+            ("tests/", *(f"glm_finetune/{room}/" for room in ROOMS))
+        ):
+            (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, tmp_path / "tree" / name)
+    arguments = train_arguments("glm3", "lora", checkpoints["glm3"], data_file, tmp_path / "out", max_steps=2)
+    run = subprocess.run(
+        [sys.executable, "train.py", *arguments], cwd=tmp_path / "tree", capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert (tmp_path / "out/epoch-1-step-2/adapter_model.safetensors").is_file()
+    assert not any((tmp_path / "tree/glm_finetune" / room).exists() for room in ROOMS)
+
+
 def test_models_know_no_flags_no_tokenizer_and_no_deepspeed():
     for path in ROOT.glob("glm_finetune/models/*.py"):
         assert not [
@@ -83,13 +120,68 @@ def test_deepspeed_is_imported_by_what_launches_or_saves_only():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_modes_and_train_types_are_asked_for_by_name_in_their_folders_only():
-    for path in SOURCES:
-        text = path.read_text(encoding="utf-8")
-        if path.parent.name != "modes":
-            assert not re.search(r"\bmode(\.name)?\s*(==|!=|in \()", text), path
-        if path.parent.name != "tuning":
-            assert not re.search(r"\btrain_type(\.name)?\s*(==|!=|in \()", text), path
+NAMED = re.compile(r"chatglm-?\d|codegeex|\bglm\d", re.IGNORECASE)  # inside a longer text, a pattern for one
+
+
+def for_people(node):
+    """Whether a node's texts are read by people only: docstrings, flags with help and default, error messages."""
+    called = isinstance(node, ast.Call) and getattr(node.func, "id", None) in ("flag", "print")
+    is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    return called or is_docstring or isinstance(node, ast.Raise)
+
+
+def within(source, condition):
+    """The ids of all nodes below those that meet `condition`."""
+    return {id(part) for node in ast.walk(source) if condition(node) for part in ast.walk(node)}
+
+
+def names_asked_for(source, names, pattern=None):
+    """String constants that are one of `names` or match `pattern`, except in what is for people."""
+    people = within(source, for_people)
+    trained = ast.Tuple | ast.arguments | ast.AnnAssign | ast.Compare  # "all" is also a value of --train_on
+    answers = within(source, lambda node: isinstance(node, trained) and "train_on" in ast.unparse(node))
+    texts = [part for part in ast.walk(source) if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+    return [
+        (part.lineno, part.value)
+        for part in texts
+        if (part.value in names or (pattern and pattern.search(part.value)))
+        and id(part) not in people
+        and not (part.value == "all" and id(part) in answers)
+    ]
+
+
+def asked_for_outside(path, source):
+    """What a file of the library asks for that only modes/ or only tuning/ may know."""
+    found = [] if path.parent.name == "tuning" else names_asked_for(source, {*TRAIN_TYPE})
+    if path.parent.name == "modes":
+        return found
+    modules = [node.module or "" for node in ast.walk(source) if isinstance(node, ast.ImportFrom)]
+    imports = [name for name in modules if re.fullmatch(rf"glm_finetune\.modes\.({'|'.join(MODE)})", name)]
+    return found + imports + names_asked_for(source, {*MODE}, NAMED)
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: str(p.relative_to(ROOT)))
+def test_modes_and_train_types_are_asked_for_by_name_in_their_folders_only(path):
+    assert not asked_for_outside(path, tree(path))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'if mode == "glm": pass',
+        'if "glm3" in (config.mode, other): pass',
+        'fields = MODE["glm"].config.required_fields',
+        'match = re.search(r"chatglm([23])|(codegeex2)", name)',
+        'match mode.name:\n    case "glm2": pass',
+        'options = {"lora": 1, "x": 2}[config.train_type]',
+        'saves = train_type.name.startswith("qlora")',
+        "from glm_finetune.modes.glm3 import clean_response",
+        'def add(train_type="all"): pass',
+        'for name, allowed in (("train_type", ("all",)),): pass',
+    ],
+)
+def test_asking_for_a_mode_or_a_train_type_by_name_is_found(code):
+    assert asked_for_outside(ROOT / "glm_finetune/build.py", ast.parse(code))
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("ds_configs/*.json")), ids=lambda p: p.name)

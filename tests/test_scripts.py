@@ -14,7 +14,10 @@ from safetensors.torch import load_file, save_file
 import merge_lora
 import predict
 from glm_finetune import MODE, dist
-from glm_finetune.config import MergeConfig, PredictConfig, TrainConfig
+from glm_finetune.answer.flags import PredictConfig
+from glm_finetune.config import TrainConfig
+from glm_finetune.convert import merge
+from glm_finetune.convert.flags import MergeConfig
 from glm_finetune.evaluate.metrics import triple_scores
 from glm_finetune.flags import parse
 from glm_finetune.run.folder import checkpoints as checkpoints_in
@@ -100,8 +103,8 @@ def test_merged_folder_has_the_layout_and_dtypes_of_the_base(adapters, checkpoin
 @pytest.mark.slow
 def test_a_merge_that_loses_the_adapter_is_removed(adapters, checkpoints, tmp_path, monkeypatch):
     base = MODE["glm3"].model.from_pretrained(checkpoints["glm3"], dtype=torch.float32)
-    write = merge_lora.write
-    monkeypatch.setattr(merge_lora, "write", lambda model, *rest: write(base, *rest))
+    write = merge.write
+    monkeypatch.setattr(merge, "write", lambda model, *rest: write(base, *rest))
     with pytest.raises(ValueError, match="was not written as it was merged"):
         call(merge_lora, monkeypatch, "--model_dir", adapters["glm3"], "--output_dir", tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []

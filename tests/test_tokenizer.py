@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from glm_finetune import MODE
-from glm_finetune.answer.chat import StreamDecoder
+from glm_finetune.answer.decoder import Decoder
 
 every_mode = pytest.mark.parametrize("mode", MODE)
 INJECTIONS = (
@@ -82,7 +82,7 @@ def test_a_vocabulary_that_would_match_a_special_piece_in_text_is_overruled(chec
 )
 def test_streamed_text_is_the_decoded_text_and_never_half_a_character(mode, text, checkpoints):
     tokenizer = tokenizer_of(mode, checkpoints)
-    ids, decoder = tokenizer.encode_text(text), StreamDecoder(tokenizer)
+    ids, decoder = tokenizer.encode_text(text), Decoder(tokenizer)
     pieces = [decoder.push(i) for i in ids] + [decoder.finish()]
     assert "".join(pieces) == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     assert not any("\ufffd" in piece for piece in pieces)

@@ -10,7 +10,7 @@ from glm_finetune.flags import parse
 from glm_finetune.run.optim import parameter_groups
 from glm_finetune.run.parts import choose, choose_place, with_defaults
 from glm_finetune.tuning import TRAIN_TYPE
-from glm_finetune.tuning.lora import load_adapter
+from glm_finetune.tuning.adapter import load_adapter
 from glm_finetune.tuning.ptuning import write_prefix
 from glm_finetune.tuning.quantize import Quantized
 from tests.ranks import run_ranks
@@ -46,16 +46,16 @@ def mean_loss(model, mode, tokenizer, data_file):
     data = MODE[mode].dataset(data_file, tokenizer, max_len=128, max_src_len=64)
     samples = [{name: torch.tensor([row[name]]) for name in ("input_ids", "labels")} for row in data]
     with torch.no_grad():
-        return sum(model(**sample, num_targets=1, use_cache=False).loss.item() for sample in samples) / (
+        return sum(model(**sample, use_cache=False).token_losses.sum().item() for sample in samples) / (
             data.report.targets
         )
 
 
 def load_trained(folder, train_type, flags):
     """(mode name, tokenizer, model) of a checkpoint; a quantised base is quantised again."""
-    source = build.find_source(folder)
+    source = build.find_model_folder(folder)
     if not TRAIN_TYPE[train_type].quantizes:
-        return source.mode.name, *build.load_source(source, "fp32", CPU)
+        return source.mode.name, *build.load_model_folder(source, "fp32", CPU)
     place = Quantized(torch.float32, CPU, flags.get("quantization_bit", 4))
     model = load_adapter(build.load_base(source.mode, source.base, place), source.adapter)
     return source.mode.name, source.mode.tokenizer.from_pretrained(folder), model
@@ -83,8 +83,8 @@ def test_an_adapter_merges_into_a_16_bit_base(name, checkpoints, data_file, tmp_
     code, error = run_main(merge_lora, monkeypatch, capsys, "--model_dir", folder, "--dtype", "fp16")
     assert code == 0, error
     merged = folder.with_name(folder.name + "-merged")
-    _, base_and_adapter = build.load_source(build.find_source(folder), "fp32", CPU)
-    tokenizer, model = build.load_source(build.find_source(merged), "fp32", CPU)
+    _, base_and_adapter = build.load_model_folder(build.find_model_folder(folder), "fp32", CPU)
+    tokenizer, model = build.load_model_folder(build.find_model_folder(merged), "fp32", CPU)
     expected = mean_loss(base_and_adapter, "glm3", tokenizer, data_file)
     assert mean_loss(model, "glm3", tokenizer, data_file) == pytest.approx(expected, rel=1e-3)
 
@@ -162,9 +162,9 @@ def test_an_official_prefix_folder_is_recognised_and_answers(checkpoints, tmp_pa
     weights.write_json(config, tmp_path / "config.json")
     prefix = torch.randn(4, 2 * 2 * 32)
     torch.save({"transformer.prefix_encoder.embedding.weight": prefix}, tmp_path / "pytorch_model.bin")
-    source = build.find_source(tmp_path, base=base)
+    source = build.find_model_folder(tmp_path, base=base)
     assert source.is_prefix and source.mode.name == "glm"
-    _, model = build.load_source(source, "fp32", CPU)
+    _, model = build.load_model_folder(source, "fp32", CPU)
     assert torch.equal(model.transformer.prefix_encoder.embedding.weight, prefix)
 
 
@@ -180,9 +180,9 @@ def test_a_prefix_of_another_base_is_refused(tensors, words, checkpoints, tmp_pa
     config = weights.read_json(checkpoints["glm2"] / "config.json") | {"pre_seq_len": 4}
     weights.write_json(config, tmp_path / "config.json")
     torch.save({name: torch.zeros(shape) for name, shape in tensors.items()}, tmp_path / "pytorch_model.bin")
-    source = build.find_source(tmp_path, "glm2", checkpoints["glm2"])
+    source = build.find_model_folder(tmp_path, "glm2", checkpoints["glm2"])
     with pytest.raises(ValueError, match=words):
-        build.load_source(source, "fp32", CPU)
+        build.load_model_folder(source, "fp32", CPU)
 
 
 @pytest.mark.parametrize(

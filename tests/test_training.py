@@ -183,7 +183,7 @@ def test_adapter_loads_in_plain_peft_and_gives_the_final_loss(mode, checkpoints,
     tokenizer = MODE[mode].tokenizer.from_pretrained(folder)
     data = MODE[mode].dataset(data_file, tokenizer, max_len=128, max_src_len=64)
     total = sum(
-        model(input_ids=torch.tensor([r["input_ids"]]), labels=torch.tensor([r["labels"]]), num_targets=1).loss
+        model(input_ids=torch.tensor([r["input_ids"]]), labels=torch.tensor([r["labels"]])).token_losses.sum()
         for r in data
     )
     assert total.item() / data.report.targets == pytest.approx(records[-1]["eval_loss"], rel=1e-4)
@@ -197,10 +197,10 @@ def test_a_saved_prefix_is_small_and_gives_the_final_loss_again(mode, projection
     records, tensors, folder, _ = run(mode, "ptuning", checkpoints, data_file, tmp_path / "out", **flags)
     learnt = {name for name in tensors if not name.endswith("inv_freq")}
     assert learnt and all(name.startswith("transformer.prefix_encoder.") for name in learnt)
-    tokenizer, model = build.load_source(build.find_source(folder), "fp32", torch.device("cpu"))
+    tokenizer, model = build.load_model_folder(build.find_model_folder(folder), "fp32", torch.device("cpu"))
     data = MODE[mode].dataset(data_file, tokenizer, max_len=128, max_src_len=64)
     total = sum(
-        model(input_ids=torch.tensor([r["input_ids"]]), labels=torch.tensor([r["labels"]]), num_targets=1).loss
+        model(input_ids=torch.tensor([r["input_ids"]]), labels=torch.tensor([r["labels"]])).token_losses.sum()
         for r in data
     )
     assert total.item() / data.report.targets == pytest.approx(records[-1]["eval_loss"], rel=1e-5)

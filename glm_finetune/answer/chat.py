@@ -1,14 +1,16 @@
-"""One turn of a conversation with a model, in the mode's own format: whole or streamed.
+"""Turns of a conversation with a model, in the mode's own form: one at a time, or in the terminal.
 
-response, history = chat(model, tokenizer, MODE["glm3"], "你好", history=[])
+response, history = chat(model, tokenizer, MODE["glm3"], "你好", history=[], max_new_tokens=64)
 """
 
-import torch
-from transformers.generation.streamers import BaseStreamer
+from glm_finetune.answer.decoder import Decoder
+from glm_finetune.generator import generate, sampling_of
+
+MIN_ANSWER = 16  # tokens of --max_length that a conversation keeps free for an answer
 
 
 def as_messages(history):
-    """Past turns as messages; pairs (question, answer), as ChatGLM-6B and 2 keep them, become two messages each."""
+    """Past turns as messages; pairs (question, answer), as some modes keep them, become two messages each."""
     messages = []
     for turn in history:
         if isinstance(turn, dict):
@@ -24,67 +26,54 @@ def chat_ids(mode, tokenizer, query, history, role="user", template="official"):
     return mode.render(tokenizer, messages, template=template).input_ids
 
 
-def chat(model, tokenizer, mode, query, history=(), role="user", template="official", on_text=None, **sampling):
-    """Ask once. history: messages (ChatGLM3) or (question, answer) pairs (ChatGLM-6B, 2); it is not modified.
+def chat(
+    model, tokenizer, mode, query, history, max_new_tokens, role="user", template="official", on_text=None, **sampling
+):
+    """Ask once. history: of the mode's own form (Mode.finish_turn); it is not modified.
 
-    on_text: called with each piece of text as it becomes final, for streaming. sampling: arguments of `generate`.
+    on_text: called with each piece of text as it becomes final, for streaming. sampling: of `generator.generate`.
     Returns (response, new history): as the original's chat(), but a last token that is no stop token is kept.
     """
-    ids = chat_ids(mode, tokenizer, query, history, role, template)
-    batch = {name: torch.as_tensor(rows).to(model.device) for name, rows in tokenizer.pad([ids]).items()}
-    stop = mode.stop_token_ids(tokenizer)
-    streamer = _TextStreamer(tokenizer, stop, on_text) if on_text else None
-    with torch.inference_mode():
-        output = model.generate(
-            **batch, eos_token_id=stop, pad_token_id=tokenizer.pad_token_id, streamer=streamer, **sampling
-        )
-    new_ids = answer_ids(output[0, len(ids) :].tolist(), stop)
-    return mode.finish_turn(list(history), query, role, tokenizer.decode(new_ids))
+    prompt, decoder = chat_ids(mode, tokenizer, query, history, role, template), Decoder(tokenizer)
+    on_token = on_text and (lambda token: on_text(decoder.push(token)))
+    (ids,) = generate(model, tokenizer, mode, [prompt], [max_new_tokens], on_token, **sampling)
+    if on_text:
+        on_text(decoder.finish())
+    return mode.finish_turn(list(history), query, role, tokenizer.decode(ids))
 
 
-def answer_ids(ids, stop):
-    """Generated ids up to the first stop token."""
-    return ids[: next((i for i, token in enumerate(ids) if token in stop), len(ids))]
+def converse(model, tokenizer, mode, template, config):
+    """A conversation in the terminal: `clear` forgets it, `stop` (or Ctrl-D) ends it. config: PredictConfig."""
+    print("Ask something; clear: begin anew, stop: leave.")
+    history = []
+    while True:
+        try:
+            query = input("\n用户：").strip()
+        except (EOFError, KeyboardInterrupt):
+            break
+        if query == "stop":
+            break
+        if query == "clear":
+            history = []
+        elif query:
+            history = answer_turn(model, tokenizer, mode, template, config, query, history)
 
 
-class StreamDecoder:
-    """Text of a growing list of ids, piece by piece, never half a character.
-
-    A character may be spread over several byte tokens; until its last one arrives decoding ends in U+FFFD, which is
-    held back. `push` returns what can be printed; `finish` what is left at the end.
-    """
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.ids, self.printed = tokenizer, [], 0
-
-    def push(self, token_id):
-        self.ids.append(token_id)
-        return self._new(self._text().rstrip("\ufffd"))
-
-    def finish(self):
-        return self._new(self._text())
-
-    def _text(self):
-        return self.tokenizer.decode(self.ids, clean_up_tokenization_spaces=False)
-
-    def _new(self, text):
-        new, self.printed = text[self.printed :], max(self.printed, len(text))
-        return new
-
-
-class _TextStreamer(BaseStreamer):
-    """Receives the prompt and then token after token from `generate`; passes finished text on."""
-
-    def __init__(self, tokenizer, stop, on_text):
-        self.decoder, self.stop, self.on_text, self.is_prompt = StreamDecoder(tokenizer), set(stop), on_text, True
-
-    def put(self, value):
-        if self.is_prompt:
-            self.is_prompt = False
-            return
-        for token in value.flatten().tolist():
-            if token not in self.stop:
-                self.on_text(self.decoder.push(token))
-
-    def end(self):
-        self.on_text(self.decoder.finish())
+def answer_turn(model, tokenizer, mode, template, config, query, history):
+    """Print the answer while it is made; returns the new history, without the oldest turns when it grows too long."""
+    room = config.max_length - (config.max_new_tokens or MIN_ANSWER)
+    while (num_tokens := len(chat_ids(mode, tokenizer, query, history, template=template))) > room and history:
+        history = history[mode.entries_per_turn :]
+        print("(the oldest turn is forgotten: the conversation is too long)")
+    if num_tokens > room:
+        print(f"The question has {num_tokens} tokens, --max_length {config.max_length} leaves room for {room}.")
+        return history
+    print("\nChatGLM：", end="", flush=True)
+    length = config.max_new_tokens or config.max_length - num_tokens
+    options = {"template": template, "on_text": lambda text: print(text, end="", flush=True), **sampling_of(config)}
+    try:
+        _, history = chat(model, tokenizer, mode, query, history, length, **options)
+    except KeyboardInterrupt:
+        print(" (interrupted; this turn is forgotten)", end="")
+    print()
+    return history

@@ -21,6 +21,7 @@ from glm_finetune.data.report import write_bad_rows
 from glm_finetune.data.samples import of_source, prepare_row, settings_of
 from glm_finetune.errors import UserError, raise_together, unknown_choice
 from glm_finetune.flags import parse
+from glm_finetune.modes import refuse_others
 from glm_finetune.weights import read_json
 
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
@@ -35,7 +36,7 @@ def main():
     mode = MODE[config.mode]
     config_json = Path(config.model_name_or_path) / "config.json"
     if config_json.is_file():
-        mode.refuse_others(config.model_name_or_path, read_json(config_json))
+        refuse_others(mode, config.model_name_or_path, read_json(config_json))
     tokenizer = mode.tokenizer.from_pretrained(config.model_name_or_path)
     settings = settings_of(config, mode, tokenizer)
     data = InstructionDataset(config.train_path, settings, progress=sys.stderr.isatty())

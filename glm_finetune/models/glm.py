@@ -18,16 +18,10 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from glm_finetune.errors import UserError
-from glm_finetune.models.layers import (
-    LanguageModelHead,
-    PrefixEncoder,
-    attend,
-    prefix_keys_values,
-    rotary_angles,
-    visible,
-    with_prefix_columns,
-)
-from glm_finetune.models.network import OriginalConfig, OriginalModel
+from glm_finetune.models.layers import LanguageModelHead, attend, rotary_angles, visible
+from glm_finetune.models.network import Network
+from glm_finetune.models.original import OriginalConfig
+from glm_finetune.models.prefixes import new_prefix
 
 # The original builds its layers without passing num_layers on, so the residual factor is that of 28 layers for any
 # depth.
@@ -92,6 +86,18 @@ class ChatGLMConfig(OriginalConfig):
         """Longest text the model was made for, in tokens."""
         return self.max_sequence_length
 
+    @property
+    def num_kv_heads(self):
+        return self.num_attention_heads
+
+    @property
+    def head_size(self):
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def prefix_embedding_size(self):
+        return self.hidden_size
+
 
 def prefix_layout(input_ids, config, num_padding=None):
     """Which tokens are the prefix, and the two positions of each token.
@@ -100,6 +106,10 @@ def prefix_layout(input_ids, config, num_padding=None):
     Returns is_prefix (B, S) bool and position_ids (B, 2, S) int64.
     Raises ValueError for a row without <sop>, or without [gMASK] and [MASK].
     """
+    # tokens     q1 q2 [gMASK] <sop> a1 a2
+    # is_prefix   1  1    1      0    0  0
+    # place       0  1    2      2    2  2     where it stands in the question; an answer stands at its mask
+    # block       0  0    0      1    2  3     where it stands in the answer
     num_padding = input_ids.new_zeros(input_ids.shape[0]) if num_padding is None else num_padding
     start = _first(input_ids, config.bos_token_id)  # (B,)
     gmask, mask = _first(input_ids, config.gmask_token_id), _first(input_ids, config.mask_token_id)
@@ -137,6 +147,7 @@ def rotate(x, cos, sin):
 
     x: (B, H, T, E); cos, sin: (B, 1, T, 2, E / 4) in the dtype of x. Within a half, dimension i pairs with i + E / 4.
     """
+    # E = 8, dimensions 0 .. 7: the first position turns the pairs (0, 2) (1, 3), the second (4, 6) (5, 7)
     x = x.unflatten(-1, (2, 2, -1))  # (B, H, T, position, half, E / 4)
     low, high = x[..., 0, :], x[..., 1, :]
     return torch.stack((low * cos - high * sin, high * cos + low * sin), -2).flatten(-3)
@@ -198,42 +209,11 @@ class ChatGLMModel(nn.Module):
         self.layers = nn.ModuleList(GLMBlock(config, i) for i in range(config.num_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         if config.pre_seq_len:
-            self.new_prefix_encoder()
-
-    def new_prefix_encoder(self):
-        """Add the prefix that `config` describes, with torch's default values."""
-        config = self.config
-        num_values = 2 * config.num_layers * config.hidden_size
-        self.prefix_encoder = PrefixEncoder(
-            config.pre_seq_len, num_values, config.prefix_projection, config.hidden_size, config.hidden_size
-        )
-        self.dropout = nn.Dropout(0.1)
-
-    def forward(self, embedded, position_ids, mask, cache):
-        """embedded: (B, T, D); position_ids: (B, 2, T); mask: (B, 1, T, S) bool or None. Returns (B, T, D)."""
-        config = self.config
-        head_size = config.hidden_size // config.num_attention_heads
-        cos, sin = rotary_angles(position_ids.transpose(1, 2), inverse_frequencies(head_size, embedded.device))
-        cos, sin = cos.to(embedded.dtype)[:, None], sin.to(embedded.dtype)[:, None]  # (B, 1, T, 2, E / 4)
-        prefixes = [None] * config.num_layers
-        if config.pre_seq_len:
-            prefixes = prefix_keys_values(
-                self.prefix_encoder,
-                embedded.shape[0],
-                config.num_layers,
-                config.num_attention_heads,
-                embedded.dtype,
-                self.dropout,
-            )
-        hidden = embedded
-        for layer, prefix in zip(self.layers, prefixes):
-            hidden = layer(hidden, mask, cos, sin, prefix, cache)
-        return self.final_layernorm(hidden)
+            new_prefix(self, config)
 
 
-class ChatGLMForConditionalGeneration(OriginalModel):
+class ChatGLMForConditionalGeneration(Network):
     config_class = ChatGLMConfig
-    _no_split_modules = ["GLMBlock"]
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
     input_embeddings_name = "transformer.word_embeddings"
     output_embeddings_name = "lm_head"
@@ -250,70 +230,38 @@ class ChatGLMForConditionalGeneration(OriginalModel):
         return dict(self._tied_weights_keys) if self.config.tie_word_embeddings else {}
 
     def stored_buffers(self):
-        inv_freq = inverse_frequencies(self.config.hidden_size // self.config.num_attention_heads).half()
+        inv_freq = inverse_frequencies(self.config.head_size).half()
         return {
             f"transformer.layers.{i}.attention.rotary_emb.inv_freq": inv_freq.clone()
             for i in range(self.config.num_layers)
         }
 
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        logits_to_keep=0,
-        segment_ids=None,
-        is_prefix=None,
-        target_index=None,
-        num_targets=None,
-        return_logits=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        return_dict=None,
-    ):
-        """Next-token logits, or the loss.
+    @property
+    def layers(self):
+        return self.transformer.layers
 
-        input_ids: (B, T) int64, or inputs_embeds: (B, T, D) with position_ids and is_prefix.
-        attention_mask: the original's (B, 1, T, T) bool, True = masked; or (B, S), 1 = token, 0 = padding.
-        position_ids: (B, 2, T) int64. segment_ids: (B, S) int64 (-1 padding); is_prefix: (B, S) bool.
-        What is left out is derived from the place of <sop> and [gMASK] (or [MASK]), as in the original; with a cache,
-        positions must be given (`generate` does).
-        labels, target_index, num_targets, logits_to_keep, return_logits and the result: as in models/glm2.py.
+    def final_norm(self, hidden):
+        return self.transformer.final_layernorm(hidden)
+
+    def angles(self, position_ids):
+        """(B, 2, T) -> cos, sin (B, T, 2, E / 4) fp32."""
+        frequencies = inverse_frequencies(self.config.head_size, position_ids.device)
+        return rotary_angles(position_ids.transpose(1, 2), frequencies)
+
+    def layout(self, batch, embedded, num_past):
+        """What is left out is derived from the place of <sop> and [gMASK] (or [MASK]), as in the original; with a
+        cache, positions must be given (`generate` does), since they depend on the whole text.
         """
-        self.refuse(output_attentions, output_hidden_states, return_dict)
-        embedded = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        past_key_values, num_past = self.cache_and_length(past_key_values, use_cache)
+        attention_mask, position_ids, is_prefix = map(batch.get, ("attention_mask", "position_ids", "is_prefix"))
         if num_past and position_ids is None:
             raise ValueError("position_ids (B, 2, T) must be given with a cache: they depend on the whole text.")
         needs_prefix = is_prefix is None and not (attention_mask is not None and attention_mask.dim() == 4)
         if not num_past and (position_ids is None or needs_prefix):
-            derived_prefix, derived_positions = prefix_layout(input_ids, self.config, _left_padding(attention_mask))
+            padding = _left_padding(attention_mask)
+            derived_prefix, derived_positions = prefix_layout(batch["input_ids"], self.config, padding)
             is_prefix = derived_prefix if is_prefix is None else is_prefix
             position_ids = derived_positions if position_ids is None else position_ids
-        mask = self.attention_mask(attention_mask, segment_ids, is_prefix, embedded, num_past)
-        mask = with_prefix_columns(mask, self.config.pre_seq_len or 0)
-        num_tokens = embedded.shape[1]
-        embedded, position_ids, mask = self.with_prompt(embedded, position_ids, mask, num_past)
-        hidden = self.transformer(embedded, position_ids, mask, past_key_values)[:, -num_tokens:]
-        return self.output(hidden, labels, target_index, num_targets, logits_to_keep, return_logits, past_key_values)
-
-    def attention_mask(self, attention_mask, segment_ids, is_prefix, embedded, num_past):
-        """The (B, 1, T, S) bool mask, True = visible, from whichever description was given; None = all is visible."""
-        num_rows, num_tokens = embedded.shape[:2]
-        if attention_mask is not None and attention_mask.dim() == 4:
-            itself = torch.eye(num_tokens, dtype=torch.bool, device=embedded.device)
-            return ~attention_mask.bool() | itself  # padding sees itself: an empty row would be nan
-        if segment_ids is None and attention_mask is not None:
-            segment_ids = attention_mask.long() - 1
-        if segment_ids is None and num_tokens == 1:
-            return None
-        if segment_ids is None:
-            segment_ids = torch.zeros(num_rows, num_past + num_tokens, dtype=torch.long, device=embedded.device)
-        return visible(segment_ids, is_prefix, num_tokens)
+        return position_ids, _mask(attention_mask, batch.get("segment_ids"), is_prefix, embedded, num_past)
 
     def generate(self, inputs=None, **kwargs):
         """transformers' generate(); also takes the original tokenizer's (B, 1, T, T) mask and (B, 2, T) positions."""
@@ -356,6 +304,21 @@ class ChatGLMForConditionalGeneration(OriginalModel):
             model_inputs["segment_ids"] = torch.zeros_like(input_ids) if padding is None else padding
             model_inputs["is_prefix"] = is_prefix
         return model_inputs
+
+
+def _mask(attention_mask, segment_ids, is_prefix, embedded, num_past):
+    """The (B, 1, T, S) bool mask, True = visible, from whichever description was given; None = all is visible."""
+    num_rows, num_tokens = embedded.shape[:2]
+    if attention_mask is not None and attention_mask.dim() == 4:
+        itself = torch.eye(num_tokens, dtype=torch.bool, device=embedded.device)
+        return ~attention_mask.bool() | itself  # padding sees itself: an empty row would be nan
+    if segment_ids is None and attention_mask is not None:
+        segment_ids = attention_mask.long() - 1
+    if segment_ids is None and num_tokens == 1:
+        return None
+    if segment_ids is None:
+        segment_ids = torch.zeros(num_rows, num_past + num_tokens, dtype=torch.long, device=embedded.device)
+    return visible(segment_ids, is_prefix, num_tokens)
 
 
 def _left_padding(attention_mask):

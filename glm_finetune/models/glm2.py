@@ -14,17 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from glm_finetune.models.layers import (
-    LanguageModelHead,
-    PrefixEncoder,
-    Segments,
-    attend,
-    prefix_keys_values,
-    rotary_angles,
-    visible,
-    with_prefix_columns,
-)
-from glm_finetune.models.network import OriginalConfig, OriginalModel, new_dropout
+from glm_finetune.models.layers import LanguageModelHead, Segments, attend, rotary_angles, visible
+from glm_finetune.models.network import Network, new_dropout
+from glm_finetune.models.original import OriginalConfig
+from glm_finetune.models.prefixes import new_prefix
 
 
 class ChatGLM2Config(OriginalConfig):
@@ -84,6 +77,10 @@ class ChatGLM2Config(OriginalConfig):
         """Longest text the model was made for, in tokens."""
         return self.seq_length
 
+    @property
+    def head_size(self):
+        return self.kv_channels
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight; torch computes it in fp32 and keeps x alone for the backward pass."""
@@ -114,6 +111,7 @@ def rotate(x, cos, sin):
 
     x: (B, heads, T, E); cos, sin: (B, 1, T, E / 4) in the dtype of x.
     """
+    # E = 8, dimensions 0 .. 7: the pairs (0, 1) and (2, 3) turn, 4 .. 7 pass through
     rotated, rest = x.chunk(2, -1)
     even, odd = rotated[..., 0::2], rotated[..., 1::2]  # (B, heads, T, E / 4)
     pairs = torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1)  # (B, heads, T, E / 4, 2)
@@ -213,43 +211,11 @@ class ChatGLMModel(nn.Module):
         self.encoder = GLMTransformer(config)
         self.output_layer = LanguageModelHead(config.hidden_size, config.padded_vocab_size, bias=False)
         if config.pre_seq_len:
-            self.new_prefix_encoder()
-
-    def new_prefix_encoder(self):
-        """Add the prefix that `config` describes, with torch's default values."""
-        config = self.config
-        num_values = 2 * config.num_layers * config.kv_channels * config.num_kv_heads
-        self.prefix_encoder = PrefixEncoder(
-            config.pre_seq_len, num_values, config.prefix_projection, num_values, config.hidden_size
-        )
-        self.dropout = nn.Dropout(0.1)
-
-    def forward(self, embedded, position_ids, mask, cache):
-        """embedded: (B, T, D); position_ids: (B, T); mask: see `attend`. Returns the hidden states of every layer."""
-        config = self.config
-        cos, sin = rotary_angles(
-            position_ids, inverse_frequencies(config.kv_channels, embedded.device)
-        )  # (B, T, E / 4)
-        cos, sin = cos.to(embedded.dtype)[:, None], sin.to(embedded.dtype)[:, None]  # (B, 1, T, E / 4)
-        prefixes = [None] * config.num_layers
-        if config.pre_seq_len:
-            prefixes = prefix_keys_values(
-                self.prefix_encoder,
-                embedded.shape[0],
-                config.num_layers,
-                config.num_kv_heads,
-                embedded.dtype,
-                self.dropout,
-            )
-        hidden = embedded
-        for layer, prefix in zip(self.encoder.layers, prefixes):
-            hidden = layer(hidden, mask, cos, sin, prefix, cache)
-        return self.encoder.final_layernorm(hidden) if config.post_layer_norm else hidden
+            new_prefix(self, config)
 
 
-class ChatGLM2ForConditionalGeneration(OriginalModel):
+class ChatGLM2ForConditionalGeneration(Network):
     config_class = ChatGLM2Config
-    _no_split_modules = ["GLMBlock"]
     input_embeddings_name = "transformer.embedding.word_embeddings"
     output_embeddings_name = "transformer.output_layer"
 
@@ -262,48 +228,28 @@ class ChatGLM2ForConditionalGeneration(OriginalModel):
         dtype = self.get_input_embeddings().weight.dtype
         return {"transformer.rotary_pos_emb.inv_freq": inverse_frequencies(self.config.kv_channels).to(dtype)}
 
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        logits_to_keep=0,
-        segment_ids=None,
-        is_prefix=None,
-        segment_bounds=None,
-        target_index=None,
-        num_targets=None,
-        return_logits=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        return_dict=None,
-    ):
-        """Next-token logits, or the loss.
+    @property
+    def layers(self):
+        return self.transformer.encoder.layers
 
-        input_ids: (B, T) int64, or inputs_embeds: (B, T, D). attention_mask: (B, S) 1 = token, 0 = padding.
-        segment_ids: (B, S) int64 (-1 padding) and is_prefix: (B, S) bool replace attention_mask: see `layers.visible`.
-        segment_bounds: (N + 1,) int32, samples end to end in a row, causal within each: see `layers.Segments`.
-        Without any of these attention is causal and no mask is built, which is right for padding on the right too.
-        position_ids: (B, T) int64; default: counted on from the cache.
-        labels: (B, T) int64, not shifted, -100 = not a target; target_index, num_targets: see `layers.head_loss`.
-        logits_to_keep: logits of the last so many positions only; 0 = all. return_logits: default, when without labels.
-        Returns CausalLMOutputWithPast: loss (fp32 scalar, mean), logits (B, T or logits_to_keep, V).
+    def final_norm(self, hidden):
+        return self.transformer.encoder.final_layernorm(hidden) if self.config.post_layer_norm else hidden
+
+    def angles(self, position_ids):
+        """(B, T) -> cos, sin (B, T, E / 4) fp32."""
+        return rotary_angles(position_ids, inverse_frequencies(self.config.kv_channels, position_ids.device))
+
+    def layout(self, batch, embedded, num_past):
+        """Positions count on from the cache. Without a description of padding or segments attention is causal and no
+        mask is built, which is right for padding on the right too.
         """
-        self.refuse(output_attentions, output_hidden_states, return_dict)
-        embedded = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        past_key_values, num_past = self.cache_and_length(past_key_values, use_cache)
-        num_tokens = embedded.shape[1]
+        num_tokens, position_ids = embedded.shape[1], batch.get("position_ids")
         if position_ids is None:
             position_ids = torch.arange(num_past, num_past + num_tokens, device=embedded.device)[None]
+        if batch.get("segment_bounds") is not None:
+            return position_ids, Segments(batch["segment_bounds"])
+        segment_ids, attention_mask = batch.get("segment_ids"), batch.get("attention_mask")
         if segment_ids is None and attention_mask is not None:
             segment_ids = attention_mask.long() - 1
-        mask = None if segment_ids is None else visible(segment_ids, is_prefix, num_tokens)
-        mask = mask if segment_bounds is None else Segments(segment_bounds)
-        mask = with_prefix_columns(mask, self.config.pre_seq_len or 0)
-        embedded, position_ids, mask = self.with_prompt(embedded, position_ids, mask, num_past)
-        hidden = self.transformer(embedded, position_ids, mask, past_key_values)[:, -num_tokens:]
-        return self.output(hidden, labels, target_index, num_targets, logits_to_keep, return_logits, past_key_values)
+        mask = None if segment_ids is None else visible(segment_ids, batch.get("is_prefix"), num_tokens)
+        return position_ids, mask

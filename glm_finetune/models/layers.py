@@ -1,5 +1,4 @@
-"""What ChatGLM-6B and ChatGLM2/3-6B have in common: attention, the mask rule, rotary tables, the prefix encoder, the
-head.
+"""What ChatGLM-6B and ChatGLM2/3-6B have in common: attention, the mask rule, rotary tables, the head.
 
 Not here: anything that knows a flag, a tokenizer or DeepSpeed.
 Dimension letters: B batch, T query tokens, S key tokens, P prefix tokens, D hidden, H query heads, K kv heads, E head
@@ -14,7 +13,7 @@ from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
-from glm_finetune.models.loss import target_index, token_loss_sum, wrapped_head_loss_sum
+from glm_finetune.models.loss import target_index, token_losses, wrapped_head_losses
 
 
 def visible(segment_ids, is_prefix, num_queries):
@@ -24,6 +23,8 @@ def visible(segment_ids, is_prefix, num_queries):
     is_prefix: (B, S) bool or None. The queries are the last `num_queries` of the S tokens.
     Returns (B, 1, T, S) bool, True = may be attended to.
     """
+    # segment_ids 0 0 0 1 1 -1, is_prefix 1 1 0 0 0 0 (ChatGLM-6B's first sample has a prefix of two tokens):
+    # tokens 0 and 1 see 0 1 | token 2 sees 0 1 2 | token 3 sees 3 | token 4 sees 3 4 | the padding sees itself.
     num_keys = segment_ids.shape[1]
     key_index = torch.arange(num_keys, device=segment_ids.device)
     sees = key_index <= key_index[-num_queries:, None]  # (T, S): causal
@@ -45,17 +46,11 @@ class Segments:
 
     def as_mask(self, num_rows):
         """The (B, 1, T, T) bool mask that it stands for."""
+        # bounds 0 2 3 5 of a row of five tokens -> ids 1 1 2 3 3
         num_tokens = self.bounds[-1]  # CPU-GPU sync
         place = torch.arange(num_tokens, device=self.bounds.device)
         ids = torch.searchsorted(self.bounds, place, right=True).view(num_rows, -1)  # (B, T)
         return visible(ids, None, ids.shape[1])
-
-
-def with_prefix_columns(mask, num_prefix):
-    """Put `num_prefix` columns that everyone sees in front of a mask. mask: (B, 1, T, S) bool; None = causal, and
-    Segments, need none.
-    """
-    return F.pad(mask, (num_prefix, 0), value=True) if num_prefix and isinstance(mask, torch.Tensor) else mask
 
 
 def attend(query, key, value, mask):
@@ -110,6 +105,8 @@ def lay_out(x, bounds, num_shared):
 
     x: (B, K, P + T, E), P = num_shared -> (B * T + N * P, K, E).
     """
+    # One row s a b c d with a shared key s (P = 1) and bounds 0 2 4 becomes s a b s c d:
+    # ends 3 6, segment 0 0 0 1 1 1, token -1 0 1 1 2 3 (below its segment's begin, 0 or 2: it is the shared one).
     x = x.transpose(1, 2)  # (B, P + T, K, E)
     if not num_shared:
         return x.flatten(0, 1)
@@ -145,96 +142,24 @@ def rotary_angles(position_ids, inv_freq):
         return angles.cos(), angles.sin()
 
 
-class EmbeddingFP32(nn.Embedding):
-    """An embedding that gives fp32 also where fp16 training holds the weights in 16 bit."""
-
-    def forward(self, index):
-        return super().forward(index).float()
-
-
-class LinearFP32(nn.Linear):
-    """A linear layer that computes in fp32 also where fp16 training holds the weights in 16 bit."""
-
-    def forward(self, x):
-        return F.linear(x, self.weight.float(), self.bias.float())
-
-
-class PrefixEncoder(nn.Module):
-    """P-Tuning v2: trainable keys and values in front of every layer (arXiv 2110.07602, the official ChatGLM code).
-
-    `num_values` = 2 * L * K * E numbers for each of the P prefix tokens; with `projection` they come from an
-    embedding of size `embedding_size` through Linear -> Tanh -> Linear of inner size `hidden_size`.
-    """
-
-    def __init__(self, pre_seq_len, num_values, projection, embedding_size, hidden_size):
-        super().__init__()
-        self.embedding = EmbeddingFP32(pre_seq_len, embedding_size if projection else num_values)
-        if projection:
-            self.trans = nn.Sequential(
-                LinearFP32(embedding_size, hidden_size), nn.Tanh(), LinearFP32(hidden_size, num_values)
-            )
-        self.projection = projection
-
-    def forward(self, index):
-        """index: (P,) int64 -> (P, num_values) fp32, computed in fp32 whatever the dtype of the weights."""
-        return self.trans(self.embedding(index)) if self.projection else self.embedding(index)
-
-
-class PromptEncoder(nn.Module):
-    """P-Tuning v1: P trainable embeddings in front of the text (arXiv 2103.10385, section 3.2).
-
-    With `projection` they come from a two-layer bidirectional LSTM and an MLP over trainable embeddings, as in the
-    paper; without it they are the embeddings themselves. What is saved are the P embeddings that come out.
-    """
-
-    def __init__(self, prompt_len, size, projection, dropout):
-        super().__init__()
-        self.embedding = nn.Embedding(prompt_len, size)
-        self.projection = projection
-        self.dropout = nn.Dropout(dropout)
-        if projection:
-            self.lstm = nn.LSTM(size, size // 2, num_layers=2, bidirectional=True, batch_first=True)
-            self.mlp = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, size))
-
-    def forward(self):
-        """(P, D), in the dtype of the weights."""
-        index = torch.arange(self.embedding.num_embeddings, device=self.embedding.weight.device)
-        prompt = self.embedding(index)
-        if self.projection:
-            prompt = self.mlp(self.lstm(prompt[None])[0])[0]
-        return self.dropout(prompt)
-
-
-def prefix_keys_values(encoder, batch_size, num_layers, num_kv_heads, dtype, dropout):
-    """The prefix as one (key, value) pair for each layer, each (B, K, P, E), not rotated. `dropout`: a module."""
-    index = torch.arange(encoder.embedding.num_embeddings, device=encoder.embedding.weight.device)
-    prefix = encoder(index).to(dtype)  # (P, L * 2 * K * E)
-    prefix = prefix.view(index.numel(), num_layers * 2, num_kv_heads, -1).permute(1, 2, 0, 3)  # (2L, K, P, E)
-    prefix = dropout(prefix[:, None].expand(-1, batch_size, -1, -1, -1))  # (2L, B, K, P, E)
-    return list(zip(prefix[0::2], prefix[1::2]))
-
-
 class LanguageModelHead(nn.Linear):
-    """The output layer: logits, or (with `targets`) the summed loss of the target positions without keeping logits."""
+    """The output layer: logits, or (with `targets`) the losses of the target positions without keeping logits."""
 
     def forward(self, hidden, targets=None):
-        """hidden: (..., D). Without targets: logits (..., V). With targets (N,): hidden (N, D) -> scalar fp32."""
+        """hidden: (..., D). Without targets: logits (..., V). With targets (N,): hidden (N, D) -> (N,) fp32 losses."""
         if targets is None:
             return super().forward(hidden)
-        return token_loss_sum(hidden, self.weight, targets)
+        return token_losses(hidden, self.weight, targets)
 
 
-def head_loss(hidden, head, labels, index=None, num_targets=None):
-    """Mean cross-entropy of next-token prediction, fp32 scalar. Logits exist only at positions with a target.
+def head_losses(hidden, head, labels, index=None):
+    """Cross-entropies of next-token prediction, (N,) fp32. Logits exist only at positions with a target.
 
     hidden: (B, T, D), position t predicts labels[:, t + 1]. labels: (B, T) int64, -100 = not a target.
     index: (N,) from `target_index(labels)`; left out, it is computed here (CPU-GPU sync).
-    num_targets: the divisor, when the mean spans more than this micro-batch; default: the number of targets here.
     """
     index = target_index(labels) if index is None else index
     hidden, targets = hidden.flatten(0, 1)[index], labels.flatten()[index + 1]  # (N, D), (N,)
     if isinstance(head, LanguageModelHead):
-        total = head(hidden, targets)
-    else:
-        total = wrapped_head_loss_sum(hidden, head, targets)
-    return total / (max(targets.numel(), 1) if num_targets is None else num_targets)
+        return head(hidden, targets)
+    return wrapped_head_losses(hidden, head, targets)

@@ -1,9 +1,10 @@
 """Token cross-entropy over a large vocabulary: fp32, only where there is a target, in chunks of rows.
 
 A 65,024-word vocabulary makes logits the largest tensor of a step. Here no more than MAX_LOGITS_BYTES of fp32 logits
-are alive at a time, and none are kept for the backward pass: each chunk's gradient is formed while its logits exist.
+are alive at a time, and none are kept for the backward pass. What a token's loss weighs is decided outside:
 
-    loss = token_loss_sum(hidden, weight, targets) / num_targets
+    losses = token_losses(hidden, weight, targets)      # (N,) fp32
+    (losses.sum() / num_targets).backward()
 """
 
 import torch
@@ -21,72 +22,85 @@ def chunk_rows(vocab_size):
     return max(1, MAX_LOGITS_BYTES // (4 * vocab_size))
 
 
-class _TokenLossSum(torch.autograd.Function):
-    """Sum of -log softmax(hidden @ weight.T)[target]; d loss / d logits = softmax - one_hot, formed chunk by chunk."""
+def _chunks(weight, *tensors):
+    """Tensors of N rows in step with each other, `chunk_rows` at a time."""
+    return zip(*(tensor.split(chunk_rows(weight.shape[0])) for tensor in tensors))
+
+
+def _losses_and_gradient(hidden, weight, targets):
+    """(n,) losses, and d losses / d logits (n, V) fp32 = softmax - one_hot, in the memory of the logits."""
+    target = targets[:, None]
+    logits = (hidden @ weight.t()).float()  # (n, V) fp32, the largest tensor; from here on changed in place
+    top = logits.amax(-1, keepdim=True)  # (n, 1)
+    target_logit = logits.gather(1, target) - top
+    total = logits.sub_(top).exp_().sum(-1, keepdim=True)  # (n, 1)
+    gradient = logits.div_(total)
+    return (total.log() - target_logit)[:, 0], gradient.scatter_add_(1, target, gradient.new_full(target.shape, -1.0))
+
+
+class _TokenLosses(torch.autograd.Function):
+    """-log softmax(hidden @ weight.T)[target] of each row.
+
+    A frozen head: d loss / d hidden is formed while a chunk's logits exist, since a row's does not depend on what the
+    other losses weigh. One that learns: its gradient is a sum over rows, each with its loss's weight, which is known in
+    the backward pass only; there the logits are computed once more.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets):
-        need_hidden, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        loss = hidden.new_zeros((), dtype=torch.float32)
-        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
-        rows = chunk_rows(weight.shape[0])
-        # Summing chunks in 16 bit would round once a chunk, so several chunks are summed in fp32.
-        sum_dtype = torch.float32 if hidden.shape[0] > rows else weight.dtype
-        grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if need_weight else None
-        for start in range(0, hidden.shape[0], rows):
-            part, target = hidden[start : start + rows], targets[start : start + rows, None]  # (N, D), (N, 1)
-            logits = (part @ weight.t()).float()  # (N, V) fp32, the largest tensor; from here on changed in place
-            top = logits.amax(-1, keepdim=True)  # (N, 1)
-            target_logit = logits.gather(1, target) - top
-            total = logits.sub_(top).exp_().sum(-1, keepdim=True)  # (N, 1)
-            loss += (total.log() - target_logit).sum()
-            if not (need_hidden or need_weight):
-                continue
-            grad = logits.div_(total)  # (N, V): softmax, in the memory of the logits
-            grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
-            grad = grad.to(weight.dtype)
-            if need_hidden:
-                grad_hidden[start : start + rows] = grad @ weight
-            if need_weight:
-                grad_weight += grad.t() @ part  # (V, D)
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
-        return loss
+        losses, grads, learns = [], [], ctx.needs_input_grad[1]
+        for part, target in _chunks(weight, hidden, targets):
+            loss, gradient = _losses_and_gradient(part, weight, target)
+            losses.append(loss)
+            if ctx.needs_input_grad[0] and not learns:
+                grads.append(gradient.to(weight.dtype) @ weight)  # (n, D)
+        ctx.save_for_backward(*((hidden, weight, targets) if learns else (torch.cat(grads),) if grads else ()))
+        return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx, grad_loss):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = grad_weight.mul_(grad_loss.to(grad_weight.dtype)).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None
+    def backward(ctx, grad_losses):
+        """grad_losses: (N,) fp32, what each token's loss weighs."""
+        scale = grad_losses[:, None]
+        if not ctx.needs_input_grad[1]:
+            (grad_hidden,) = ctx.saved_tensors
+            return grad_hidden * scale.to(grad_hidden.dtype), None, None
+        hidden, weight, targets = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        # Summing chunks in 16 bit would round once a chunk, so several chunks are summed in fp32.
+        sum_dtype = torch.float32 if len(hidden) > chunk_rows(weight.shape[0]) else weight.dtype
+        grad_weight, start = torch.zeros_like(weight, dtype=sum_dtype), 0
+        for part, target, part_scale in _chunks(weight, hidden, targets, scale):
+            _, gradient = _losses_and_gradient(part, weight, target)  # (n, V)
+            if grad_hidden is not None:
+                grad_hidden[start : start + len(part)] = (
+                    gradient.to(weight.dtype) @ weight * part_scale.to(hidden.dtype)
+                )
+            grad_weight += gradient.mul_(part_scale).to(weight.dtype).t() @ part  # (V, D)
+            start += len(part)
+        return grad_hidden, grad_weight.to(weight.dtype), None
 
 
-def token_loss_sum(hidden, weight, targets):
-    """Sum of the cross-entropies of N target tokens, fp32 scalar.
+def token_losses(hidden, weight, targets):
+    """Cross-entropy of each of N target tokens, (N,) fp32.
 
-    hidden: (N, D); weight: (V, D), same dtype; targets: (N,) int64 in [0, V). N may be 0: the loss is 0 with a
-    gradient.
+    hidden: (N, D); weight: (V, D), same dtype; targets: (N,) int64 in [0, V). N may be 0: a gradient flows all the
+    same, of zeros.
     """
-    return _TokenLossSum.apply(hidden, weight, targets)
+    return _TokenLosses.apply(hidden, weight, targets)
 
 
-def wrapped_head_loss_sum(hidden, head, targets):
+def wrapped_head_losses(hidden, head, targets):
     """The same for a head that is more than a matrix (LoRA on the output layer): any callable (N, D) -> (N, V).
 
-    Each chunk is computed again in the backward pass, which costs one more product than `token_loss_sum`.
+    Each chunk is computed again in the backward pass, which costs one more product than `token_losses`.
     """
 
-    def chunk_loss(part, target):
-        return F.cross_entropy(head(part).float(), target, reduction="sum")
+    def chunk_losses(part, target):
+        return F.cross_entropy(head(part).float(), target, reduction="none")
 
     rows = chunk_rows(full_shape(head.weight)[0])
-    losses = [
-        checkpoint(chunk_loss, part, target, use_reentrant=False)
-        for part, target in zip(hidden.split(rows), targets.split(rows))
-    ]
-    return torch.stack(losses).sum() if losses else hidden.float().sum() * 0.0
+    parts = zip(hidden.split(rows), targets.split(rows))
+    return torch.cat([checkpoint(chunk_losses, part, target, use_reentrant=False) for part, target in parts])
 
 
 def target_index(labels):
@@ -95,4 +109,6 @@ def target_index(labels):
     Position t of a row is listed when labels[row, t + 1] is a target. On a GPU this waits for the device (N must be
     known), so the collate function calls it on the CPU.
     """
+    # labels of one row  -100 -100 7 8: positions 1 and 2 predict them -> [1, 2]. A row's first label has no position
+    # before it and never counts.
     return (F.pad(labels[:, 1:], (0, 1), value=IGNORE) != IGNORE).flatten().nonzero()[:, 0]

@@ -91,6 +91,7 @@ GLM2 = Mode(
     entries_per_turn=1,
     stop_token_ids=lambda tokenizer: [tokenizer.eos_token_id],
     lora_targets=("query_key_value",),
-    other_names=r"chatglm3|chatglm-6b",
+    released=("ChatGLM2-6B", "CodeGeeX2"),
+    names=r"chatglm2|codegeex2",
     tiny_config=TINY_CONFIG,
 )

@@ -18,6 +18,7 @@ from glm_finetune.modes.template import ANSWER, FIXED, SOURCE, Draft, Form
 from glm_finetune.modes.tokenizer import ChatGLM3Tokenizer
 
 ROLES = ("system", "user", "assistant", "observation")
+MAX_CALL = 10_000  # characters of a tool call that are parsed; Python's parser takes memory and depth for every one
 
 
 def draft(tokenizer, messages, template, trained):
@@ -87,16 +88,19 @@ def finish_turn(history, query, role, text):
 
 
 def tool_parameters(content):
-    """Keyword arguments of `tool_call(...)` inside a fenced code block; None if it is not a call with literal
-    arguments.
+    """Keyword arguments of `tool_call(...)` inside a fenced code block; None if it is no call with literal arguments.
+
+    Whatever else the model wrote is text: no answer may end the program that reads it.
     """
-    source = "\n".join(content.split("\n")[1:-1])
+    source = "\n".join(content.split("\n")[1:-1]).strip()
+    if len(source) > MAX_CALL:
+        return None
     try:
-        call = ast.parse(source.strip(), mode="eval").body
+        call = ast.parse(source, mode="eval").body
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args:
             return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError):
-        pass  # the model wrote something else: it is returned as text
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):  # of a{}, 1 + "x", ((((..., 1 + 1 + ...
+        pass
     return None
 
 
@@ -124,6 +128,7 @@ GLM3 = Mode(
     entries_per_turn=2,
     stop_token_ids=stop_token_ids,
     lora_targets=("query_key_value",),
-    other_names=r"chatglm2|codegeex2|chatglm-6b",
+    released=("ChatGLM3-6B",),
+    names=r"chatglm3",
     tiny_config=TINY_CONFIG,
 )

@@ -78,17 +78,18 @@ class Mode:
     entries_per_turn: int  # of a history: 1 pair, or 2 messages
     stop_token_ids: Callable
     lora_targets: tuple
-    other_names: str  # pattern of `_name_or_path` that belongs to another mode
+    released: tuple  # its models, in words
+    names: str  # pattern of what its checkpoints are called: `_name_or_path` of config.json, or their folder
     tiny_config: dict = field(repr=False)
 
-    def refuse_others(self, folder, config):
-        """Raise UserError if the `_name_or_path` of a folder's config.json (a dict) is a model of another mode."""
-        name = str(config.get("_name_or_path", ""))
-        if re.search(self.other_names, name, re.IGNORECASE):
-            raise UserError(
-                f"{folder}: its config.json says it is {name}, not a model for --mode {self.name}. If that is wrong, "
-                "correct _name_or_path there."
-            )
+    def missing_in(self, fields):
+        """Fields of this mode's architecture, which modes may share, that a config.json (a dict) lacks."""
+        return [name for name in self.config.required_fields if name not in fields]
+
+    def named_in(self, text):
+        """Where in `text` a checkpoint of this mode is named, or None."""
+        match = re.search(self.names, text, re.IGNORECASE)
+        return match and match.start()
 
     @property
     def render(self):

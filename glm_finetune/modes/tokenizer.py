@@ -47,6 +47,7 @@ class Tokenizer:
     clean_up_default = True
     num_image_tokens = 0  # ids before SentencePiece's own
     has_own_white_space = False
+    open_mark = None  # pattern of a text whose end may be the beginning of what `white_space` replaces
 
     def __init__(self, folder, fields):
         path = Path(folder) / self.model_file
@@ -140,10 +141,18 @@ class Tokenizer:
     def decode(self, ids, skip_special_tokens=False, clean_up_tokenization_spaces=None):
         """Ids -> text. clean_up_tokenization_spaces: "a , b" -> "a, b"; default: as the mode's original."""
         ids = [ids] if isinstance(ids, int) else [int(i) for i in ids]
-        text = self._decode_plain(ids, skip_special_tokens)
+        text = self.white_space(self.sp.decode_pieces(self.pieces(ids, skip_special_tokens)))
         if self.clean_up if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces:
             for old, new in CLEAN_UP:
                 text = text.replace(old, new)
+        return text
+
+    def pieces(self, ids, skip_special_tokens=False):
+        """The pieces of those ids that have a text."""
+        raise NotImplementedError
+
+    def white_space(self, text):
+        """Decoded pieces -> text: the other direction of `normalize`."""
         return text
 
     def __call__(
@@ -187,6 +196,7 @@ class ChatGLMTokenizer(Tokenizer):
 
     model_file = "ice_text.model"
     has_own_white_space = True
+    open_mark = re.compile(r"<(n|\|[a-z]{0,5}_?[0-9]{0,2}\|?)?\Z")
     max_blank_length = 80
     control_tokens = (
         "[MASK]",
@@ -264,12 +274,14 @@ class ChatGLMTokenizer(Tokenizer):
         ids = ids + self.prefix_ids
         return ids if pair_ids is None else ids + pair_ids + [self.eos_token_id]
 
-    def _decode_plain(self, ids, skip_special_tokens):
+    def pieces(self, ids, skip_special_tokens=False):
         dropped = self.skipped_ids if skip_special_tokens else {self.pad_token_id}
         tokens = (self.convert_id_to_token(i) for i in ids if i not in dropped)
-        text = self.sp.decode_pieces([token for token in tokens if token])
+        return [token for token in tokens if token]
+
+    def white_space(self, text):
         text = text.replace("<n>", "\n").replace("<|tab|>", "\t")
-        return re.sub(r"<\|blank_(\d+)\|>", lambda m: " " * int(m[1]) if 2 <= int(m[1]) <= 80 else m[0], text)
+        return re.sub(r"<\|blank_([2-9]|[1-7][0-9]|80)\|>", lambda match: " " * int(match[1]), text)
 
     def pad(self, rows, width=None, side="left"):
         """Rows of ids -> {"input_ids"}; with a `width`, padded, with the original's mask and positions.
@@ -353,8 +365,8 @@ class ChatGLM2Tokenizer(Tokenizer):
         ids = self.prefix_ids + ids
         return ids if pair_ids is None else ids + pair_ids + [self.eos_token_id]
 
-    def _decode_plain(self, ids, skip_special_tokens):
-        return self.sp.decode_pieces([token for token in map(self.convert_id_to_token, ids) if token])
+    def pieces(self, ids, skip_special_tokens=False):
+        return [token for token in map(self.convert_id_to_token, ids) if token]
 
     def pad(self, rows, width=None, side="left"):
         """Rows of ids -> padded ids with attention_mask (1 = token) and position_ids, each row (width,) int64."""

@@ -3,9 +3,6 @@
 A checkpoint is written under a temporary name and renamed when complete; what a run needs to go on is `state`'s.
 """
 
-import dataclasses
-import hashlib
-import importlib.metadata
 import math
 import os
 import shutil
@@ -14,63 +11,14 @@ from pathlib import Path
 from threading import Thread
 
 from glm_finetune import dist
-from glm_finetune.data.blocks import fingerprint
-from glm_finetune.data.cache import default_cache_dir
 from glm_finetune.errors import UserError
+from glm_finetune.record import describe, write_record
 from glm_finetune.run import state
 from glm_finetune.run.engine import is_partitioned, whole
 from glm_finetune.run.folder import MANIFEST, TEMPORARY, checkpoints, is_marked, step_of
-from glm_finetune.tuning.lora import exported
+from glm_finetune.tuning.adapter import exported
 from glm_finetune.tuning.ptuning import write_prefix
 from glm_finetune.weights import read_json, write_json, write_tensors, write_text
-
-FORMAT_VERSION = 1
-RENDERING = {  # flags that change the samples of the same data, with what checkpoints without them did
-    "is_skip": False,
-    "truncation": "tail",
-    "end_cut_answers": True,
-    "data_format": None,
-    "columns": None,
-    "prompt_text": None,
-    "template": "train",
-    "train_on": "all",
-    "on_bad_row": "stop",
-}
-PACKAGES = ("torch", "transformers", "peft", "deepspeed", "sentencepiece")
-
-
-def train_record(config, train_type, tokenizer, world_size):
-    """What train_config.json holds besides epoch and step: enough to know the run and to find its base."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "mode": config.mode,
-        "train_type": config.train_type,
-        "template": config.template,
-        "saves": train_type.saves,
-        "base": config.model_name_or_path,
-        "base_absolute": os.path.abspath(config.model_name_or_path),
-        "world_size": world_size,
-        "identity": {
-            "training data": fingerprint(config.train_path, config.cache_dir or default_cache_dir())[:16],
-            "tokenizer": describe(tokenizer.folder / tokenizer.model_file)["sha256"][:16],
-            "base": describe(Path(config.model_name_or_path) / "config.json")["sha256"][:16],
-            "max_len": config.max_len,
-            "max_src_len": config.max_src_len,
-            **{name: getattr(config, name) for name in RENDERING},
-            "seed": config.seed,
-            **{name: getattr(config, name) for name in train_type.identity},
-            **order_flags(config),
-        },
-        "flags": dataclasses.asdict(config),
-        "given": sorted(config.given),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-    }
-
-
-def order_flags(config):
-    """{flag: value} of those that are set and decide the order of the data."""
-    names = ("group_by_length", "streaming", "shuffle_buffer")
-    return {name: getattr(config, name) for name in names if getattr(config, name)}
 
 
 def gathered(model, trainable_only, to_keep=False):
@@ -92,7 +40,7 @@ class Saver:
     """
 
     def __init__(self, engine, tokenizer, train_type, config, record, best=None):
-        """record: `train_record`. best: of an earlier run."""
+        """record: `record.train_record`. best: of an earlier run."""
         self.engine, self.tokenizer, self.train_type, self.config = engine, tokenizer, train_type, config
         self.record, self.best = record, best
         self.thread, self.problem, self.newest = None, None, None
@@ -158,7 +106,7 @@ class Saver:
             shutil.rmtree(temporary, ignore_errors=True)
             _write_model(self.engine.module, self.tokenizer, self.train_type, temporary, weights)
             state.write(temporary / state.FOLDER, tensors, randoms, numbers)
-            write_json(record, temporary / "train_config.json")
+            write_record(record, temporary)
             write_manifest(temporary)
             if target.is_dir() and is_marked(target):
                 shutil.rmtree(target)  # damaged: see `_there`
@@ -224,12 +172,6 @@ def _manifest(folder):
         if not isinstance(entry, dict) or [type(entry.get(key)) for key in ("bytes", "sha256")] != [int, str]:
             raise UserError(f"{folder / MANIFEST}: has no size and hash of {name}.")
     return manifest
-
-
-def describe(path):
-    """Size in bytes and SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def damage(folder):

@@ -148,7 +148,7 @@ def accumulate(engine, batches, num_targets):
     """
     losses = []
     for batch in batches:
-        loss = engine(**to_device(batch, engine.device), num_targets=num_targets, use_cache=False).loss
+        loss = engine(**to_device(batch, engine.device), use_cache=False).token_losses.sum() / num_targets
         # DeepSpeed divides by the micro-batches and averages over the ranks; both are undone.
         engine.backward(loss * (len(batches) * dist.get_world_size()))
         engine.step()

@@ -11,7 +11,7 @@ from glm_finetune.data.flags import SHUFFLE_BUFFER
 from glm_finetune.data.sampler import StepSampler
 from glm_finetune.data.samples import settings_of
 from glm_finetune.errors import UserError, raise_together, unknown_choice
-from glm_finetune.models.network import DTYPES
+from glm_finetune.models.original import DTYPES
 from glm_finetune.modes import MODE
 from glm_finetune.run import folder
 from glm_finetune.run.ds_config import precision_of, read_ds_file, resolve, stage_of

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from glm_finetune import dist
 from glm_finetune.errors import UserError
+from glm_finetune.record import FORMAT_VERSION, SAMPLES, read_record
 from glm_finetune.run import state
-from glm_finetune.run.checkpoint import FORMAT_VERSION, RENDERING, damage
+from glm_finetune.run.checkpoint import damage
 from glm_finetune.run.folder import checkpoints, step_of
-from glm_finetune.weights import read_json
 
 
 def find_resume(resume, output_dir):
@@ -64,7 +64,7 @@ def choose_resume(config, record):
 def _unfit(folder):
     if not (folder / state.FOLDER / "progress.json").is_file():
         return f"{folder}: has no {state.FOLDER}/ to go on from; give a folder epoch-E-step-S of a run."
-    version = read_json(folder / "train_config.json").get("format_version", 0)
+    version = read_record(folder).get("format_version", 0)
     if not isinstance(version, int):
         return f"{folder}: train_config.json has no format_version, it is not of this project."
     return (
@@ -73,13 +73,13 @@ def _unfit(folder):
 
 
 def check_same_run(folder, record, force):
-    """Raise UserError naming what differs between a checkpoint and this run in what must not (`train_record`).
+    """Raise UserError naming what differs between a checkpoint and this run in what must not (`record.train_record`).
 
     force: allow other data and another base all the same; mode and train type must be equal in any case.
     """
-    old = read_json(Path(folder) / "train_config.json")
+    old = read_record(folder)
     names = ["mode", "train_type"] + ([] if force else list({**record["identity"], **old.get("identity", {})}))
-    before, now = ({**RENDERING, **r, **r.get("identity", {})} for r in (old, record))
+    before, now = ({**SAMPLES, **r, **r.get("identity", {})} for r in (old, record))
     different = [
         f"{name}: {before.get(name)} there, {now.get(name)} here" for name in names if before.get(name) != now.get(name)
     ]
@@ -89,7 +89,7 @@ def check_same_run(folder, record, force):
 
 
 def _check_steps(folder, max_steps):
-    done = read_json(Path(folder) / "train_config.json")["step"]
+    done = read_record(folder)["step"]
     if max_steps and max_steps < done:
         raise UserError(
             f"--max_steps {max_steps}: {folder} has {done} steps behind it already. Raise it, or leave out."

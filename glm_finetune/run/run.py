@@ -18,8 +18,9 @@ from glm_finetune.data.dataset import to_device, without_targets
 from glm_finetune.data.report import write_bad_rows
 from glm_finetune.data.sampler import Progress, StepSampler
 from glm_finetune.errors import StandsStill, raise_together
+from glm_finetune.record import train_record
 from glm_finetune.run import engine, folder, resume, state
-from glm_finetune.run.checkpoint import Saver, train_record
+from glm_finetune.run.checkpoint import Saver
 from glm_finetune.run.flags import long_warmup
 from glm_finetune.run.guard import Guard
 from glm_finetune.run.memory import memory_advice

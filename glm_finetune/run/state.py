@@ -142,7 +142,7 @@ def _create_moments(engine, batch):
     for group in engine.optimizer.param_groups:
         group["lr"] = 0.0
     for _ in range(engine.gradient_accumulation_steps()):
-        engine.backward(engine(**batch, num_targets=1, use_cache=False).loss)
+        engine.backward(engine(**batch, use_cache=False).token_losses.sum())
         engine.step()
 
 

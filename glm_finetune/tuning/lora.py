@@ -1,19 +1,14 @@
-"""LoRA and its variants through peft: inject, save what was trained, load it again."""
+"""LoRA and its variants through peft: which layers get it, with what settings. Its files: `adapter`."""
 
-import dataclasses
-import math
 import warnings
 from collections import Counter
-from pathlib import Path
 
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
 from glm_finetune.errors import UserError
-from glm_finetune.weights import full_shape, iter_file, read_json
+from glm_finetune.weights import full_shape
 
-WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 ALL_LINEAR = "all-linear"
 VARIANT = {
     "lora": {},
@@ -92,24 +87,6 @@ def initial_factors(model):
     return {name: tensor.detach().cpu().clone() for name, tensor in get_peft_model_state_dict(model).items()}
 
 
-def exported(model, weights):
-    """(tensors, LoraConfig) of an adapter for the base as it is on disk. weights: {name: whole tensor} of what learns.
-
-    PiSSA's begins at B0 A0 and not at 0: B A - B0 A0 is an ordinary adapter of twice the rank.
-    """
-    tensors = get_peft_model_state_dict(model, state_dict=weights)
-    config = dataclasses.replace(model.peft_config["default"], inference_mode=True)
-    if not model.initial_lora:
-        return tensors, config
-    for name, first in model.initial_lora.items():
-        if "lora_A" in name:
-            tensors[name] = torch.cat((tensors[name], first.to(tensors[name].dtype)), 0)  # (2R, in)
-        elif "lora_B" in name:
-            tensors[name] = torch.cat((tensors[name], -first.to(tensors[name].dtype)), 1)  # (out, 2R)
-    alpha = 2 * config.lora_alpha if not config.use_rslora else math.sqrt(2) * config.lora_alpha
-    return tensors, dataclasses.replace(config, r=2 * config.r, lora_alpha=alpha, init_lora_weights=True)
-
-
 def check_targets(model, targets):
     """Raise UserError naming the targets that no layer with a matrix of its own has, and the names that exist.
 
@@ -131,44 +108,3 @@ def check_targets(model, targets):
             f"--lora_module_name: no layer is called {', '.join(unmatched)}. Layers that take LoRA: "
             f"{', '.join(linear)}."
         )
-
-
-def load_adapter(model, folder):
-    """Put the adapter in `folder` (peft's layout, also of 2023) on `model`, for prediction.
-
-    Raises UserError when a file is missing or damaged, or its tensors do not fit the base: of names that are missing
-    peft only warns, and those that it does not know it leaves out in silence.
-    """
-    _check_adapter_config(Path(folder) / "adapter_config.json")
-    names = {name for name, _ in iter_file(_adapter_file(folder))}
-    try:
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):
-            model = PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device)).eval()
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise UserError(f"{folder}: the adapter does not fit the base model: {str(error)[:400]}") from error
-    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    missing = sorted(expected - names)
-    unexpected = sorted(name for name in names - expected if not name.endswith("base_layer.weight"))
-    if missing or unexpected:
-        raise UserError(
-            f"{folder}: the adapter does not fit the base model: {len(missing)} tensors missing "
-            f"{missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}. Is it of another base?"
-        )
-    return model
-
-
-def _adapter_file(folder):
-    for name in WEIGHT_FILES:
-        if (Path(folder) / name).is_file():
-            return Path(folder) / name
-    raise UserError(f"{folder}: no weights of the adapter, expected {' or '.join(WEIGHT_FILES)}.")
-
-
-def _check_adapter_config(path):
-    """Raise UserError unless it says what a LoRA adapter is: peft would take a default for what is missing."""
-    fields = read_json(path)
-    if fields.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type is {fields.get('peft_type')!r}; adapters of type LORA are read.")
-    for name, kind in (("r", int), ("lora_alpha", (int, float)), ("target_modules", (list, str))):
-        if not isinstance(fields.get(name), kind):
-            raise UserError(f"{path}: {name} is {fields.get(name)!r}: the file is damaged, copy it again.")

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from glm_finetune.errors import UserError
-from glm_finetune.models.layers import PromptEncoder
+from glm_finetune.models import prefixes
+from glm_finetune.models.prefixes import PromptEncoder
 from glm_finetune.weights import file_dtypes, iter_tensors, read_json, write_json
 
 PREFIX = "transformer.prefix_encoder."
@@ -28,7 +29,7 @@ def add_prefix(model, pre_seq_len, projection, dropout):
     """
     _check_length(model, pre_seq_len)
     model.requires_grad_(False)
-    model.add_prefix(pre_seq_len, projection, dropout)
+    prefixes.add_prefix(model, pre_seq_len, projection, dropout)
     return model
 
 
@@ -44,7 +45,7 @@ def add_prompt(model, prompt_len, projection, dropout, max_len):
             f"{model.config.max_positions}: a version 1 prompt takes positions. Lower one of them."
         )
     model.requires_grad_(False)
-    model.add_prompt(prompt_len, projection, dropout)
+    prefixes.add_prompt(model, prompt_len, projection, dropout)
     return model
 
 
@@ -94,9 +95,9 @@ def load_prefix(model, folder):
     if embedding is None:
         raise UserError(f"{Path(folder)}: holds no {start}embedding.weight; it is not the checkpoint of a prefix.")
     if start == PROMPT:
-        model.add_prompt(embedding.shape[0], projection=False)
+        prefixes.add_prompt(model, embedding.shape[0], projection=False)
     else:
-        model.add_prefix(embedding.shape[0], any(name.startswith(PREFIX + "trans.") for name in tensors))
+        prefixes.add_prefix(model, embedding.shape[0], any(name.startswith(PREFIX + "trans.") for name in tensors))
     expected = {name: p for name, p in model.named_parameters() if name.startswith((PREFIX, PROMPT))}
     if {n: p.shape for n, p in expected.items()} != {n: t.shape for n, t in tensors.items()}:
         raise UserError(f"{Path(folder)}: the prefix does not fit the base model. Is it of another base?")

@@ -1,0 +1,135 @@
+"""The files of an original checkpoint and the models: a config that keeps config.json as it was read, strict loading,
+saving in the original layout.
+
+transformers warns about names that do not fit, here they are an error, and every weight is read once, straight into
+the dtype asked for. Not here: what is computed, see `network`.
+"""
+
+import inspect
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from glm_finetune import weights
+from glm_finetune.errors import UserError
+from glm_finetune.weights import DTYPE_NAMES
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class OriginalConfig(PreTrainedConfig):
+    """A config.json of the original project. `source` keeps it as it was read, so that it can be written back."""
+
+    model_type = "chatglm"
+    prompt_len = None  # embeddings of a P-Tuning v1 prompt; a field of this project's own
+    prefix_embedding_size = None  # of a P-Tuning v2 encoder; None: that of the keys and values
+    keys_to_ignore_at_inference = ["past_key_values"]
+    required_fields = ()  # fields that a config.json of this architecture has and the other's lacks
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """Read `folder`/config.json. Raises UserError if it is missing, not JSON, or a field has a wrong type."""
+        path = Path(folder) / "config.json"
+        if not Path(folder).is_dir():
+            raise UserError(f"{folder}: no such folder. Give the folder of a checkpoint on this machine.")
+        fields = weights.read_json(path)
+        cls._check_types(fields, path)
+        config = cls(**fields)
+        config.source = fields
+        return config
+
+    @classmethod
+    def _check_types(cls, fields, path):
+        """Raise UserError for a field whose type is not that of its default, a negative number, an unknown dtype."""
+        defaults = {name: parameter.default for name, parameter in inspect.signature(cls.__init__).parameters.items()}
+        for name, value in fields.items():
+            kinds = {bool: bool, int: int, float: (int, float)}.get(type(defaults.get(name)), object)
+            if not isinstance(value, kinds) or (kinds not in (bool, object) and value < 0):
+                raise UserError(f"{path}: {name} is {value!r}, expected something like {defaults[name]!r}.")
+        if fields.get("torch_dtype", "float32") not in DTYPE_NAMES.values():
+            raise UserError(
+                f"{path}: torch_dtype is {fields['torch_dtype']!r}, expected one of {', '.join(DTYPE_NAMES.values())}."
+            )
+
+    def to_original(self, **changes):
+        """The fields of config.json, as read, with `changes` (None removes a field)."""
+        fields = {**self.source, **changes}
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+class OriginalModel(PreTrainedModel):
+    """A model that reads and writes original checkpoints. Subclasses: `network.Network`."""
+
+    base_model_prefix = "transformer"
+    ignored_in_file = (r"\.inv_freq$",)  # rotary frequencies: the original stores and never reads them
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=None, config=None, device="cpu", may_miss=(), place=None):
+        """Load an original checkpoint folder, or one saved by this project.
+
+        dtype: torch.float32, bfloat16 or float16 for every weight; default: `torch_dtype` of config.json.
+        config: replaces the folder's own (to set `pre_seq_len`); may_miss: see `weights.fill`.
+        place: where the weights go, instead of whole onto `device` as `dtype`; see `weights.OnDevice`.
+        Peak memory is the model plus one tensor. Returns the model in eval mode.
+        Raises UserError for a folder, file, name or shape that does not fit.
+        """
+        config = cls.config_class.from_pretrained(folder) if config is None else config
+        dtype = dtype or getattr(torch, config.source.get("torch_dtype", "float32"))
+        place = place or weights.OnDevice(dtype, device)
+        model = place.construct(lambda: cls(config))
+        new = weights.fill(model, folder, place, cls.ignored_in_file, may_miss, model.tied_names())
+        model._initialise_new(new, device)
+        model.tie_weights()
+        return model.eval()
+
+    def _initialise_new(self, names, device):
+        """Give parameters that no file had torch's default values in fp32 (a new prefix encoder, as in the
+        original).
+        """
+        for owner in sorted({name.rpartition(".")[0] for name in names}):
+            module = self.get_submodule(owner).to_empty(device=device)
+            module.float().reset_parameters()
+
+    def tied_names(self):
+        """{alias in the file: parameter}; empty when the head has its own weight."""
+        return {}
+
+    def get_input_embeddings(self):
+        return self.get_submodule(self.input_embeddings_name)
+
+    def set_input_embeddings(self, module):
+        owner, _, attribute = self.input_embeddings_name.rpartition(".")
+        setattr(self.get_submodule(owner), attribute, module)
+
+    def get_output_embeddings(self):
+        return self.get_submodule(self.output_embeddings_name)
+
+    def set_output_embeddings(self, module):
+        owner, _, attribute = self.output_embeddings_name.rpartition(".")
+        setattr(self.get_submodule(owner) if owner else self, attribute, module)
+
+    def stored_buffers(self):
+        """{name: tensor} that the original's files contain besides parameters (inverse rotary frequencies)."""
+        raise NotImplementedError
+
+    def save_weights(self, folder, tensors=None, dtype=None, dtypes=None):
+        """Write config.json and weights in the original's layout, so that the original loads them too.
+
+        tensors: iterable of (name, tensor); default: the model's own parameters. dtype: of the files, default the
+        model's; dtypes: {name: dtype} where single tensors differ (ChatGLM-6B's fp32 norms in an fp16 file).
+        """
+        dtype = dtype or self.get_input_embeddings().weight.dtype
+        tensors = self.named_parameters() if tensors is None else tensors
+        aliases = {parameter: alias for alias, parameter in self.tied_names().items()}
+
+        def entries():
+            for name, tensor in tensors:
+                tensor = tensor.detach().to("cpu", (dtypes or {}).get(name, dtype))
+                yield name, tensor
+                if name in aliases:
+                    yield aliases[name], tensor.clone()
+            yield from self.stored_buffers().items()
+
+        weights.write_sharded(entries(), folder)
+        weights.write_json(self.config.to_original(torch_dtype=DTYPE_NAMES[dtype]), Path(folder) / "config.json")

@@ -1,0 +1,105 @@
+"""train_config.json: what is known of a model folder. Written by training, copied and added to by merging, read by all.
+
+    write_record(train_record(config, train_type, tokenizer, world_size), folder)
+    prompt_of(read_record(folder))      # Prompt(template="train", prompt_text=None)
+
+Only these functions know the file. What a later step must know belongs into it, not into a file of its own.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from glm_finetune.data.blocks import fingerprint
+from glm_finetune.data.cache import default_cache_dir
+from glm_finetune.data.flags import DataFlags
+from glm_finetune.weights import read_json, write_json
+
+FILE = "train_config.json"
+FORMAT_VERSION = 1
+PACKAGES = ("torch", "transformers", "peft", "deepspeed", "sentencepiece")
+# The data flags, all of which shape a run's samples, with what was done in checkpoints from before a flag was there.
+SAMPLES = {item.name: item.default for item in dataclasses.fields(DataFlags)} | {"end_cut_answers": True}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What of a training shapes a prompt, each under the name of its flag; the defaults are a bare base's.
+
+    A field here is recorded by training, copied by merging, and asked with by predict.py, where the flag replaces it.
+    """
+
+    template: str = "official"
+    prompt_text: str | None = None
+
+
+def train_record(config, train_type, tokenizer, world_size):
+    """What is known of a run besides epoch and step. config: TrainConfig."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "mode": config.mode,
+        "train_type": config.train_type,
+        **{item.name: getattr(config, item.name) for item in dataclasses.fields(Prompt)},
+        "saves": train_type.saves,
+        **_base(config.model_name_or_path),
+        "world_size": world_size,
+        "identity": {
+            "training data": fingerprint(config.train_path, config.cache_dir or default_cache_dir())[:16],
+            "tokenizer": describe(tokenizer.folder / tokenizer.model_file)["sha256"][:16],
+            "base": describe(Path(config.model_name_or_path) / "config.json")["sha256"][:16],
+            **{name: getattr(config, name) for name in SAMPLES},
+            "seed": config.seed,
+            **{name: getattr(config, name) for name in train_type.identity},
+            **order_flags(config),
+        },
+        "flags": dataclasses.asdict(config),
+        "given": sorted(config.given),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def merged_record(adapter, mode, base, prompt):
+    """What is known of the sum of `base` and the folder `adapter`: what was known of the adapter, and its origin."""
+    known = {"format_version": FORMAT_VERSION, **read_record(adapter), "mode": mode.name, **dataclasses.asdict(prompt)}
+    return {**known, "saves": "weights", "merged_from": str(adapter), **_base(base)}
+
+
+def _base(folder):
+    return {"base": str(folder), "base_absolute": os.path.abspath(folder)}
+
+
+def order_flags(config):
+    """{flag: value} of those that are set and decide the order of the data."""
+    names = ("group_by_length", "streaming", "shuffle_buffer")
+    return {name: getattr(config, name) for name in names if getattr(config, name)}
+
+
+def describe(path):
+    """Size in bytes and SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def write_record(record, folder):
+    write_json(record, Path(folder) / FILE)
+
+
+def read_record(folder):
+    """The record in a folder, or {}. Raises UserError for a file that is no JSON object."""
+    path = Path(folder) / FILE
+    return read_json(path) if path.is_file() else {}
+
+
+def prompt_of(record):
+    """The Prompt of a training. Checkpoints of earlier versions have some of it among the flags of their run."""
+    known = {**record.get("flags", {}), **record}
+    return Prompt(**{item.name: known.get(item.name, item.default) for item in dataclasses.fields(Prompt)})
+
+
+def lacks_prompt(record):
+    """Whether some of the prompt is not known: merged folders of earlier versions say the template only."""
+    known = {**record.get("flags", {}), **record}
+    return any(item.name not in known for item in dataclasses.fields(Prompt))
