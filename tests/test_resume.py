@@ -49,9 +49,10 @@ def test_resumed_on_the_same_ranks_is_bit_equal(kind, stage, checkpoints, data_f
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_resumed_with_accumulation_is_bit_equal_in_each_precision(precision, checkpoints, data_file, tmp_path):
-    flags = dict(FLAGS, gradient_accumulation_steps=2, precision=precision)
+@pytest.mark.parametrize("precision, stage", [("fp32", 2), ("bf16", 1), ("bf16", 2), ("bf16", 3)])
+def test_resumed_with_accumulation_is_bit_equal_in_each_precision(precision, stage, checkpoints, data_file, tmp_path):
+    ds_file = f"ds_zero{stage}_no_offload.json"
+    flags = dict(FLAGS, gradient_accumulation_steps=2, precision=precision, ds_file=ds_file)
     whole = run("glm3", "all", checkpoints, data_file, tmp_path / "whole", **flags)
     folder = stopped_copy(tmp_path / "whole", tmp_path / "again", step=3)  # at the end of the first epoch
     again = run("glm3", "all", checkpoints, data_file, folder, **flags, resume="auto")
