@@ -8,12 +8,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from matplotlib.colors import to_hex
 
 from glm_finetune import MODE, exits
 from glm_finetune.data import __main__ as report_script
 from glm_finetune.data.dataset import InstructionDataset
 from glm_finetune.data.flags import ReportConfig
-from glm_finetune.data.histogram import BAR, LIMIT, OVER, Panel, bins_of, nice_step, save_histograms
+from glm_finetune.data.histogram import BAR, LIMIT, OVER, Panel, bins_of, figure_of, nice_step, save_histograms
 from glm_finetune.data.report import Report, percentile
 from glm_finetune.data.samples import settings_of
 from glm_finetune.flags import parse
@@ -65,9 +66,9 @@ def test_the_lengths_are_those_before_cutting_and_agree_with_what_is_cut(mode, c
     for max_src_len in (30, 60, 200):
         config = parse(ReportConfig, [*arguments, "--max_src_len", str(max_src_len)])
         settings = settings_of(config, MODE[mode], tokenizer)
-        sources, samples = report_script.uncut_lengths(path, settings)
-        assert sources.total() == samples.total() == len(ROWS) and max(samples) > 200
-        over = sum(count for length, count in sources.items() if length > max_src_len)
+        questions, samples = report_script.uncut_lengths(path, settings)
+        assert questions.total() == samples.total() == len(ROWS) and max(samples) > 200
+        over = sum(count for length, count in questions.items() if length > max_src_len)
         assert over == InstructionDataset(path, settings).report.question_cut > 0
 
 
@@ -175,36 +176,44 @@ def test_every_sample_is_in_its_bin_or_counted_as_outside(lengths, limit):
     assert num_outside <= lengths.total() / 100
 
 
-def pixels(path):
-    from PIL import Image
+def drawn(panel):
+    """(samples in bars by colour, where the limit is marked or None, all text) of a panel."""
+    (axes,) = figure_of([panel]).axes
+    bars = Counter()
+    for bar in axes.patches:
+        bars[to_hex(bar.get_facecolor())] += round(bar.get_height())
+    marked = [line.get_xdata()[0] for line in axes.lines if to_hex(line.get_color()) == LIMIT]
+    texts = [axes.get_title("left"), axes.get_title("right"), axes.get_xlabel()]
+    legend = axes.get_legend()
+    return bars, marked, "\n".join(texts + [text.get_text() for text in (legend.texts if legend else ())])
 
-    with Image.open(path) as image:
-        return image.size, Counter("#" + bytes(pixel).hex() for pixel in image.convert("RGB").get_flattened_data())
 
-
-def test_the_picture_shows_what_is_over_the_limit_and_marks_it(tmp_path):
+def test_the_picture_shows_what_is_over_the_limit_and_marks_it():
     lengths = Counter({10: 30, 20: 50, 40: 20})
-    for limit in (40, 25, 9000):
-        save_histograms([Panel("tokens", lengths, "max_len", limit)] * 2, tmp_path / f"{limit}.png")
-    (width, height), inside = pixels(tmp_path / "40.png")
-    _, over = pixels(tmp_path / "25.png")
-    _, beyond = pixels(tmp_path / "9000.png")
-    assert width > 800 and height > 600
-    assert inside[BAR] > 2000 and not inside[OVER] and inside[LIMIT] > 200
-    assert over[OVER] > 500 and over[BAR] > 2000
-    assert not beyond[OVER] and not beyond[LIMIT]  # nothing over it, and too far away to show
+    for limit, num_over in ((40, 0), (25, 20)):
+        bars, marked, text = drawn(Panel("tokens", lengths, "max_len", limit))
+        assert bars[BAR] == 100 - num_over and bars[OVER] == num_over and marked == [limit]
+        assert f"max_len {limit}" in text and f"{num_over} ({num_over}.0%) over max_len {limit}" in text
+        assert "100 samples by tokens\n50% up to 20, 90% up to 40, 99% up to 40, longest 40" in text
+    bars, marked, text = drawn(Panel("tokens", lengths, "max_len", 9000))
+    assert bars == {BAR: 100} and not marked and "0 (0.0%) over max_len 9,000" in text  # too far away to show
+    text = drawn(Panel("tokens", Counter({30: 999, 50_000: 1}), "max_len", 40))[2]
+    assert "1 right of the axis" in text and "1 (0.1%) over max_len 40" in text
 
 
-def test_a_picture_of_nothing_can_be_drawn(tmp_path):
-    save_histograms([Panel("tokens", Counter(), "max_len", 10)], tmp_path / "a.png")
-    assert pixels(tmp_path / "a.png")[1][BAR] == 0
+def test_every_panel_is_in_one_file_and_a_picture_of_nothing_can_be_drawn(tmp_path):
+    empty, full = (Panel("tokens", Counter(lengths), "max_len", 10) for lengths in ({}, {4: 2, 12: 3}))
+    save_histograms([empty, full], tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG") and len(figure_of([empty, full]).axes) == 2
+    assert not drawn(empty)[0] and "0 samples by tokens" in drawn(empty)[2]
+    assert "matplotlib.pyplot" not in sys.modules
 
 
-def test_a_picture_needs_pillow_and_a_folder(tmp_path, monkeypatch):
+def test_a_picture_needs_matplotlib_and_a_folder(tmp_path, monkeypatch):
     panels = [Panel("tokens", Counter({1: 1}), "max_len", 10)]
     refused(lambda: save_histograms(panels, tmp_path / "none/a.png"), "none/a.png: cannot be written")
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    refused(lambda: save_histograms(panels, tmp_path / "a.png"), "a.png", "pip install pillow")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    refused(lambda: save_histograms(panels, tmp_path / "a.png"), "a.png", "pip install matplotlib")
 
 
 def test_a_folder_of_another_mode_is_refused(report, checkpoints):

@@ -1,4 +1,4 @@
-"""Histograms of lengths as a PNG, drawn with Pillow. The text is ASCII, so that no font can lack a character.
+"""Histograms of lengths as a PNG, drawn with matplotlib. The text is ASCII, so that no font can lack a character.
 
 save_histograms([Panel("tokens of a sample", Counter({12: 3, 40: 1}), "max_len", 1024)], "lengths.png")
 """
@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from glm_finetune.data.report import percentile
 from glm_finetune.errors import UserError
 
-WIDTH, HEIGHT = 1200, 440  # pixels of a panel
-LEFT, RIGHT, TOP, BOTTOM = 110, 40, 84, 76  # margins around its bars
 NUM_BINS = 60  # about
-INK, GREY, GRID, BAR, OVER, LIMIT = "#1f2933", "#616e7c", "#e4e7eb", "#3e7cb1", "#d9822b", "#b42318"
+GREY, BAR, OVER, LIMIT = "#616e7c", "#3e7cb1", "#d9822b", "#b42318"
 
 
 @dataclass(frozen=True)
@@ -27,19 +25,25 @@ class Panel:
 
 
 def save_histograms(panels, path):
-    """Draw the panels below each other. Raises UserError if Pillow is not installed or the file cannot be written."""
+    """Draw the panels below each other. Raises UserError without matplotlib, or if the file cannot be written."""
     try:
-        from PIL import Image, ImageDraw
+        figure = figure_of(panels)
     except ImportError:
-        raise UserError(f"{path}: drawing it needs Pillow: pip install pillow") from None
-    image = Image.new("RGB", (WIDTH, HEIGHT * len(panels)), "white")
-    draw = ImageDraw.Draw(image)
-    for i, panel in enumerate(panels):
-        _draw_panel(draw, panel, i * HEIGHT)
+        raise UserError(f"{path}: drawing it needs matplotlib: pip install matplotlib") from None
     try:
-        image.save(path, format="PNG")
+        figure.savefig(path, format="png")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error}).") from None
+
+
+def figure_of(panels):
+    """The panels as a matplotlib Figure that belongs to no window. Raises ImportError without matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.4 * len(panels)), dpi=100, layout="constrained")
+    for axes, panel in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels):
+        _draw_panel(axes, panel)
+    return figure
 
 
 def nice_step(span, num):
@@ -69,61 +73,26 @@ def bins_of(panel):
     return width, counts, over, panel.lengths.total() - sum(counts)
 
 
-def _font(size):
-    from PIL import ImageFont
-
-    return ImageFont.load_default(size)
-
-
-def _draw_panel(draw, panel, top):
+def _draw_panel(axes, panel):
     width, counts, over, num_outside = bins_of(panel)
-    right, highest = width * len(counts), max([1, *counts])
-    step = nice_step(highest, 5)
-    tallest = step * math.ceil(highest / step)
-
-    def at(tokens, samples=0):
-        x = LEFT + (WIDTH - LEFT - RIGHT) * tokens / right
-        return x, top + HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * samples / tallest
-
-    _draw_titles(draw, panel, top, num_outside)
-    for value in range(0, tallest + 1, step):
-        draw.line([at(0, value), at(right, value)], fill=GRID, width=1)
-        draw.text((LEFT - 12, at(0, value)[1]), f"{value:,}", fill=GREY, font=_font(17), anchor="rm")
-    for i, (count, num_over) in enumerate(zip(counts, over)):
-        (x0, bottom), (x1, _) = at(i * width), at((i + 1) * width)
-        for colour, height, base in ((OVER, count, count - num_over), (BAR, count - num_over, 0)):
-            if height > base:
-                y0, y1 = at(0, height)[1], at(0, base)[1]
-                draw.rectangle([x0 + 1, min(y0, bottom - 2), x1 - 1, y1], fill=colour)
-    draw.line([at(0), at(right)], fill=INK, width=2)
-    for value in range(0, right + 1, nice_step(right, 12)):
-        x, y = at(value)
-        draw.line([(x, y), (x, y + 6)], fill=INK, width=2)
-        draw.text((x, y + 12), f"{value:,}", fill=GREY, font=_font(17), anchor="mt")
-    draw.text((at(right / 2)[0], top + HEIGHT - 14), panel.title, fill=INK, font=_font(19), anchor="ms")
-    if panel.limit <= right:
-        _draw_limit(draw, at(panel.limit, tallest), at(panel.limit), f"{panel.limit_name} {panel.limit:,}")
-
-
-def _draw_titles(draw, panel, top, num_outside):
-    """Above the bars: the title, then the numbers that one looks for."""
-    lengths, total = panel.lengths, max(1, panel.lengths.total())
-    longer = sum(count for length, count in lengths.items() if length > panel.limit)
+    edges, inside = [width * i for i in range(len(counts))], [count - num for count, num in zip(counts, over)]
+    for bottom, heights, colour in ((None, inside, BAR), (inside, over, OVER)):
+        if any(heights):
+            axes.bar(edges, heights, 0.95 * width, bottom, align="edge", color=colour)
+    axes.set(xlim=(0, width * len(counts)), ylim=(0, 1.05 * max([1, *counts])))
+    axes.grid(axis="y", color=GREY, alpha=0.2)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+        axis.set_major_formatter("{x:,.0f}")
+    axes.set(xlabel=panel.title, ylabel="samples", axisbelow=True)
+    if panel.limit <= width * len(counts):
+        axes.axvline(panel.limit, color=LIMIT, linestyle="--", label=f"{panel.limit_name} {panel.limit:,}")
+        axes.legend(loc="upper right")
+    lengths, longer = panel.lengths, sum(count for length, count in panel.lengths.items() if length > panel.limit)
     numbers = ", ".join(f"{percent}% up to {percentile(lengths, percent):,}" for percent in (50, 90, 99))
     facts = f"{numbers}, longest {max(lengths, default=0):,}"
     facts += f"; {num_outside:,} right of the axis" if num_outside else ""
-    draw.text((LEFT, top + 14), f"{lengths.total():,} samples by {panel.title}", fill=INK, font=_font(23))
-    draw.text((LEFT, top + 46), facts, fill=GREY, font=_font(17))
-    over = f"{longer:,} ({100 * longer / total:.1f}%) over {panel.limit_name} {panel.limit:,}"
-    draw.text((WIDTH - RIGHT, top + 16), over, fill=LIMIT if longer else GREY, font=_font(19), anchor="rt")
-    draw.text((LEFT - 12, top + TOP - 22), "samples", fill=GREY, font=_font(17), anchor="rm")
-
-
-def _draw_limit(draw, above, below, label):
-    """A dashed line with its label on the side where there is room."""
-    (x, y), end = above, below[1]
-    while y < end:
-        draw.line([(x, y), (x, min(y + 9, end))], fill=LIMIT, width=2)
-        y += 15
-    at, anchor = (x - 8, "ra") if x > WIDTH - RIGHT - 170 else (x + 8, "la")
-    draw.text((at, above[1] + 2), label, fill=LIMIT, font=_font(17), anchor=anchor)
+    share = 100 * longer / max(1, lengths.total())
+    axes.set_title(f"{lengths.total():,} samples by {panel.title}\n{facts}", loc="left", fontsize=11)
+    title = f"{longer:,} ({share:.1f}%) over {panel.limit_name} {panel.limit:,}"
+    axes.set_title(title, loc="right", fontsize=11, color=LIMIT if longer else GREY)
