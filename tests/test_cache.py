@@ -172,14 +172,16 @@ def test_a_change_of_the_code_is_another_cache(settings, data_file, tmp_path, mo
     package = shutil.copytree(cache.PACKAGE, tmp_path / "glm_finetune", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(cache, "PACKAGE", package)
     assert key_of(data_file, settings) == before
-    with open(package / "modes/glm3.py", "a") as file:
-        file.write("# changed\n")
-    assert key_of(data_file, settings) != before
+    for name in ("modes/glm3.py", "objectives/instruct.py"):
+        with open(package / name, "a") as file:
+            file.write("# changed\n")
+        before, old = key_of(data_file, settings), before
+        assert before != old
 
 
 def flip(path):
-    """Change one bit."""
-    data = bytearray(path.read_bytes())
+    """Change one bit; an empty file gets a byte."""
+    data = bytearray(path.read_bytes() or b"\0")
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
 
@@ -198,7 +200,7 @@ def cut(path):
         ("header.json", Path.unlink),
         ("header.json", cut),
         ("header.json", lambda path: path.write_text("[]")),
-        ("header.json", lambda path: path.write_text(path.read_text().replace('"format": 2', '"format": 1'))),
+        ("header.json", lambda path: path.write_text(path.read_text().replace('"format": 3', '"format": 2'))),
         ("header.json", lambda path: path.write_text(path.read_text().replace('"skipped"', '"omitted"'))),
     ],
 )

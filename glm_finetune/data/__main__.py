@@ -63,8 +63,8 @@ def uncut_lengths(path, settings):
     questions, samples = Counter(), Counter()
     for data_file in list_data_files(path):
         known = replace(of_file(data_file, settings), limits=None)
-        for place, (number, row) in enumerate(data_file.rows()):
-            times = occurrences(place, data_file.weight)
+        for index, (number, row) in enumerate(data_file.rows()):
+            times = occurrences(index, data_file.weight)
             try:
                 rendered = prepare_row(data_file.where(number), row, known)
             except UserError:

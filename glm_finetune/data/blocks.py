@@ -176,6 +176,7 @@ def scan(path, has_blocks=True):
 
 
 def _scan_lines(path, file):
+    # BLOCK_BYTES 10, lines of 7 bytes: read 10, and on to the end of the line: blocks [0, 14) [14, 28) ... of two lines
     digest, blocks = hashlib.sha256(), []
     start, num_rows, number = 0, 0, 1
     while data := file.read(BLOCK_BYTES):

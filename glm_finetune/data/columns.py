@@ -27,9 +27,9 @@ COLUMNS = {
 # What only K of the samples have: values end to end, the sample of each, and where it ends in them. All empty where
 # the bits of is_target and Mode.positions say it all, as for questions and answers.
 SPECIAL = ("labels", "position_ids")  # (T,) each; positions (T,) or (2, T)
-COLUMNS |= {
-    name + part: dtype for name in SPECIAL for part, dtype in zip(("", "_of", "_ends"), (np.int32, np.int64, np.int64))
-}
+# Of samples 0 to 9 number 1 and number 9, of 2 and 3 tokens: labels 8 -100 5 6 7    labels_of 1 9    labels_ends 2 5
+for _name in SPECIAL:
+    COLUMNS |= {_name: np.int32, f"{_name}_of": np.int64, f"{_name}_ends": np.int64}
 
 
 @dataclass

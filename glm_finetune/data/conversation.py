@@ -201,10 +201,10 @@ def check_order(messages, needs_answer=True):
     """
     if [message["role"] for message in messages] == ["user", "assistant"]:  # most rows: be quick
         return
-    before, place = "start", 0
+    before, count = "start", 0
     for message in messages:
         role, has_tools = message["role"], "tools" in message
-        place += not has_tools  # a list of tools beside the messages is none of them
+        count += not has_tools  # a list of tools beside the messages is none of them
         allowed = {
             "system": before == "start" or (has_tools and before == "system"),
             "user": before in ("start", "system", "assistant"),
@@ -212,7 +212,7 @@ def check_order(messages, needs_answer=True):
             "observation": before == "call",
         }[role]
         if not allowed:
-            raise UserError(f"message {max(1, place)}: {_what(role)} cannot follow {_what(before)}.")
+            raise UserError(f"message {max(1, count)}: {_what(role)} cannot follow {_what(before)}.")
         if has_tools:
             continue
         before = "call" if role == "assistant" and message.get("metadata", "").strip() else role

@@ -85,11 +85,11 @@ class PreparedRows:
 
     def __getitem__(self, index):
         columns, ends, sample = self.columns, self.columns["ends"], int(self.columns["index"][index])
-        place = slice(int(ends[sample - 1]) if sample else 0, int(ends[sample]))
-        ids = columns["input_ids"][place]
+        tokens = slice(int(ends[sample - 1]) if sample else 0, int(ends[sample]))
+        ids = columns["input_ids"][tokens]
         labels, position_ids = (special(columns, name, sample) for name in SPECIAL)
         if labels is None:
-            labels = np.where(columns["is_target"][place], ids, IGNORE)
+            labels = np.where(columns["is_target"][tokens], ids, IGNORE)
         row = {
             "input_ids": ids.tolist(),
             "labels": labels.tolist(),
@@ -111,10 +111,14 @@ class PreparedRows:
 def collate(rows, pad_token_id, positions, max_len=None):
     """Rows of `InstructionDataset` -> a batch (see the top), padded on the right to the longest row.
 
-    positions: Mode.positions. max_len: None = a row of the batch for each row of data; otherwise samples are packed,
-    laid end to end in as few rows of at most `max_len` tokens as best-fit finds; attention, positions and loss of a
-    sample are the same either way. What the model can do without is left out, so that causal modes build no mask.
+    positions: Mode.positions, for samples without their own. max_len: None = a row of the batch for each row of data;
+    otherwise samples are packed, laid end to end in as few rows of at most `max_len` tokens as best-fit finds;
+    attention, positions and loss of a sample are the same either way. What the model can do without is left out, so
+    that causal modes build no mask.
     """
+    # Samples 5 6 7 (targets 6 7) and 8 9 (target 9) packed, beside a longer row, with a causal mode:
+    # input_ids    5    6    7    8    9    0       position_ids  0 1 2 0 1 0     segment_ids  0 0 0 1 1 -1
+    # labels       -100 6    7    -100 9    -100    target_index  0 1 3: whose outputs predict 6 7 9
     lengths = [len(row["input_ids"]) for row in rows]
     bins = [[i] for i in range(len(rows))] if max_len is None else best_fit(lengths, max_len)
     width = max(sum(lengths[i] for i in packed) for packed in bins)
@@ -147,18 +151,19 @@ def collate(rows, pad_token_id, positions, max_len=None):
 
 def packed_positions(rows, positions, width):
     """(width,) or (2, width) int64: each sample's own positions, where it has none `positions`, 0 for padding."""
-    own = [
-        torch.tensor(row["position_ids"])
-        if "position_ids" in row
-        else positions(len(row["input_ids"]), row["num_prefix"])
-        for row in rows
-    ]
-    joined = torch.cat(own, -1)
+
+    def own(row):
+        if "position_ids" in row:
+            return torch.tensor(row["position_ids"])
+        return positions(len(row["input_ids"]), row["num_prefix"])
+
+    joined = torch.cat([own(row) for row in rows], -1)
     return F.pad(joined, (0, width - joined.shape[-1]))
 
 
 def segment_bounds(segment_ids):
     """Where segments (padding is one too) begin in the flattened rows, and their end. (B, T) -> (S + 1,) int32."""
+    # 0 0 0 1 1 -1 and 0 0 0 0 0 0 -> 0 3 5 6 12
     begins = F.pad(segment_ids.diff(dim=1) != 0, (1, 0), value=True)
     return F.pad(begins.flatten().nonzero()[:, 0], (0, 1), value=segment_ids.numel()).int()
 

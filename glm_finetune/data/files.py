@@ -35,7 +35,7 @@ BATCH_ROWS = 1024  # of Parquet that are in memory at a time
 
 @dataclass(frozen=True)
 class Unreadable:
-    """In the place of a row: why there is none."""
+    """Instead of a row: why there is none."""
 
     problem: str
 
@@ -92,6 +92,7 @@ def read_rows(path):
 
 def occurrences(index, weight):
     """How often row `index` (from 0) of a file counts in an epoch: spread evenly, `weight` times on the average."""
+    # weight 2.5: 2 3 2 3 ...    weight 0.5: 0 1 0 1 ...
     return 1 if weight == 1 else math.floor((index + 1) * weight) - math.floor(index * weight)
 
 

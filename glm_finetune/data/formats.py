@@ -154,19 +154,17 @@ def named(name):
 
 def fitting(row, needs_answer=True):
     """Formats whose fields a row has, without those that need only a part of another's fields."""
+    # question and answer beside text: question_answer fits, and text_answer; text alone is a part of text_answer
     found = [file_format for file_format in FORMATS.values() if file_format.fits(row, needs_answer)]
-    needed = {file_format.name: {*file_format.fields, file_format.answer} - {None} for file_format in found}
-    return [
-        file_format for file_format in found if not any(needed[file_format.name] < other for other in needed.values())
-    ]
+    needed = [{*file_format.fields, file_format.answer} - {None} for file_format in found]
+    return [file_format for file_format, mine in zip(found, needed) if not any(mine < other for other in needed)]
 
 
 def detect(rows, needs_answer=True):
     """The format that most of `rows` (objects) have; without needs_answer also if none of them has an answer.
 
-    Of two that as many have, the first row's.
-
-    Raises UserError if they have none (naming the nearest and what it lacks) or could be two.
+    In a tie the first row decides. Raises UserError if they have none (naming the nearest and what it lacks) or could
+    be two.
     """
     votes = Counter(file_format.name for row in rows for file_format in fitting(row))
     if not needs_answer and votes.keys() <= {"text", "text_answer"}:

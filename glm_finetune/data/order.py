@@ -31,6 +31,7 @@ def by_length(order, lengths, *seeds):
     order: (N,) permutation. lengths: (N,) tokens of each row. seeds: of the groups' order. A step then has rows of
     similar length, unlike with random order; that is what saves the padding.
     """
+    # lengths 9 2 8 3 in groups of two: sorted 2 3 8 9, groups [2 3] [8 9], shuffled to 8 9 2 3
     pools = [order[start : start + POOL] for start in range(0, len(order), POOL)]
     pools = [pool[np.argsort(lengths[pool], kind="stable")] for pool in pools]
     groups = [pool[start : start + GROUP] for pool in pools for start in range(0, len(pool), GROUP)]
@@ -39,6 +40,7 @@ def by_length(order, lengths, *seeds):
 
 def in_windows(num_rows, window, seed, epoch, start, end):
     """Places [start, end) of an order that permutes rows within windows of `window` consecutive ones. (n,) int64."""
+    # 10 rows in windows of 4, shuffled to 2 0 3 1 | 7 4 6 5 | 9 8: places [3, 6) are rows 1 7 4
     parts = []
     for number in range(start // window, -(-end // window)):
         first = number * window

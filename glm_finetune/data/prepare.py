@@ -47,7 +47,7 @@ class Task:
 
 @contextmanager
 def uncollected():
-    """No garbage collection meanwhile: it would look at every object of a block again and again, and find none."""
+    """Garbage collection switched off: it would scan the many objects of a block again and again and free none."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -63,6 +63,7 @@ def tokenize_block(settings, task, num_threads=1):
 
     All texts of the block are encoded in one call. num_threads: SentencePiece's.
     """
+    # row -> drafts -> ids of all parts -> samples within the limits -> columns; a bad row is its error until its turn
     settings, report, builder = replace(settings, data_format=task.data_format), Report(settings.too_long), Builder()
     rows, encode = list(task.block.rows()), remembering(settings.tokenizer, num_threads)
     drafts_of_rows = [_drafts_or_error(row, settings) for _, row in rows]
@@ -97,7 +98,7 @@ def tokenize(data_files, settings, num_workers=0, cache_dir=None, progress=False
     """Yield the Samples of each block of each file, in order. num_workers: 0 = in this process, where SentencePiece
     has num_threads, by default as many as there are cores.
 
-    cache_dir: where the places of blocks are remembered. progress: show a bar. Raises UserError for a bad row or file.
+    cache_dir: where the layout of files is remembered. progress: show a bar. Raises UserError for a bad row or file.
     """
     tasks = _tasks(data_files, settings, cache_dir)
     if num_workers:
@@ -182,10 +183,10 @@ def _start_worker(settings):
     global _settings
     _settings = settings
     gc.freeze()  # a collection would write to all that the server imported, and each worker have its own copy of it
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _leave_with_parent():
+def _exit_with_parent():
     """A killed parent would leave its workers waiting for ever."""
     wait([multiprocessing.parent_process().sentinel])
     os._exit(1)

@@ -37,7 +37,7 @@ class Report:
 
     too_long: str = "cut"
     rows: int = 0
-    kept: int = 0  # samples; they and all below, but no_target, count by the weight of their file
+    kept: int = 0  # samples; this and the counts below, except no_target, are weighted by --train_path
     question_cut: int = 0
     answer_cut: int = 0
     skipped: int = 0  # too long, and left out because of --is_skip or --truncation drop

@@ -72,6 +72,8 @@ class StepSampler:
         rows = self.order(progress.epoch, progress.rows, progress.rows + self.rows_per_step)
         if self.lengths is not None:
             rows.sort(key=self.lengths.__getitem__)
+        # rows 10 .. 15, 2 micro-batches on each of 2 ranks: slots [10] [11 12] [13] [14 15], dealt out in turn:
+        # rank 0 has [10] [13], rank 1 [11 12] [14 15]
         num_slots = self.num_accumulate * self.world_size
         bounds = [len(rows) * i // num_slots for i in range(num_slots + 1)]
         slots = [rows[start:end] for start, end in zip(bounds, bounds[1:])]

@@ -63,6 +63,7 @@ class Stream:
 
     def _row(self, index):
         """(which file, number in it, dict or Unreadable)."""
+        # windows of 4: row 5 is in window 1, rows 4 to 7; window 0 stays for a step that has rows 3 and 4
         window = index // self.window
         if window not in self._windows:
             first = window * self.window
@@ -73,15 +74,15 @@ class Stream:
 
     def _read(self, start, end):
         at = bisect_right(self._first_rows, start) - 1
-        place = self._first_rows[at]
-        while place < end:
+        row_number = self._first_rows[at]
+        while row_number < end:
             position, block = self._blocks[at]
             for number, row in block.rows():
-                if place >= end:
+                if row_number >= end:
                     return
-                if place >= start:
+                if row_number >= start:
                     yield position, number, row
-                place += 1
+                row_number += 1
             at += 1
 
 

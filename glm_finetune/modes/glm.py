@@ -44,9 +44,9 @@ def draft(tokenizer, messages, style, trained):
 
 
 def positions(num_tokens, num_prefix):
-    """(2, T) int64: the place in the prefix, frozen at [gMASK] (its last token) from <sop> on; the place after
-    <sop>.
-    """
+    """(2, T) int64: row 1 counts through the prefix and stays at [gMASK], its last token; row 2 counts from <sop>."""
+    # 问 答 [gMASK] <sop> 好 <eop>, a prefix of 3:  0 1 2 2 2 2
+    #                                              0 0 0 1 2 3
     index = torch.arange(num_tokens)
     return torch.stack((index.clamp_max(num_prefix - 1), (index - num_prefix + 1).clamp_min(0)))
 
@@ -62,7 +62,7 @@ def clean_response(text, history=None):
 
 TEMPLATE = Template(
     draft,
-    question_tail=3,  # 答 ： and what they are worth in tokens in the original
+    question_tail=3,  # the tokens of "答：" that the original keeps
     overhead=3,  # [gMASK] <sop> <eop>
     text_prefix=1,
 )

@@ -25,6 +25,8 @@ def draft(tokenizer, messages, style, trained):
     Targets of an answer: metadata, content, and what follows it (the next role, or </s>), which says that it is over;
     its own role token only in the style "train".
     """
+    # user "1", assistant "2", user "3", with the answer trained; the parts that are targets in brackets:
+    # [gMASK] sop  <|user|> \n 1  [<|assistant|>] [\n] [2]  [<|user|>]  the last says that the answer is over
     num_messages = trained[-1] + 1 if trained else len(messages)
     parts, kinds, is_target, follows_answer = [tuple(tokenizer.begin_ids)], [FIXED], [False], False
     for i, message in enumerate(messages[:num_messages]):

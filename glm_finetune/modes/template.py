@@ -212,6 +212,7 @@ class Template:
 
         Nothing is lost, nothing overlaps; an empty text has no piece.
         """
+        # max_len 5, text 1 2 3 4 5: [gMASK] sop 1 2 | [gMASK] sop 3 4 | [gMASK] sop 5 </s>
         prefix, begin, text, end = ids
         room = limits.max_len - len(prefix) - len(begin) - len(end) if limits else len(text) or 1
         starts = range(0, len(text), room)
@@ -232,6 +233,7 @@ def newest_rounds(messages, trained):
     """Yield (messages, trained) without the oldest round, the two oldest, ...; a system message and the round of the
     answer stay.
     """
+    # system q1 a1 q2 a2 q3 a3, [6] -> system q2 a2 q3 a3, [4] -> system q3 a3, [2]
     end = trained[-1] if trained else len(messages)
     first, *others = [i for i, message in enumerate(messages[:end]) if message["role"] == "user"] or [0]
     for start in others:
