@@ -47,6 +47,20 @@ def test_files_and_functions_are_short(path):
             assert node.end_lineno - node.lineno < limit, node.name
 
 
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
+def test_the_core_that_the_readmes_name_can_be_read_in_one_sitting(name):
+    text, pattern = (
+        (ROOT / name).read_text(encoding="utf-8"),
+        r"([\d,]+)(?: lines: | 行：)(`train\.py`.*?tuning/lora\.py`)",
+    )
+    stated, listed = re.search(pattern, text, re.DOTALL).groups()
+    files = re.findall(r"`(\S+)`", listed)
+    core = [ROOT / file if file == "train.py" else ROOT / "glm_finetune" / file for file in files]
+    num_lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in core)
+    assert len(set(core)) == 15 and num_lines <= 2000
+    assert int(stated.replace(",", "")) == num_lines
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_module_says_what_it_is(path):
     assert ast.get_docstring(tree(path))
