@@ -154,7 +154,7 @@ def test_columns_rename_and_hide():
     assert columns == {"instruction": "question", "output": "reply"}
     row = {"question": "q", "reply": "r", "input": "", "answer": "no", "instruction": "hidden"}
     assert renamed(row, columns) == {"instruction": "q", "output": "r", "input": "", "answer": "no"}
-    assert parse_columns(None) == {}
+    assert parse_columns("") == {}
 
 
 @pytest.mark.parametrize("text", ["question", "a=b", "question=", "question=a,question=b", "=x", "question==,answer"])

@@ -7,6 +7,7 @@ import merge_lora
 from glm_finetune import MODE, build, weights
 from glm_finetune.config import TrainConfig
 from glm_finetune.flags import parse
+from glm_finetune.models.prefixes import add_prompt
 from glm_finetune.run.optim import parameter_groups
 from glm_finetune.run.parts import choose, choose_place, with_defaults
 from glm_finetune.tuning import TRAIN_TYPE
@@ -207,7 +208,7 @@ def test_a_version_1_prompt_is_text_that_was_always_there(mode, checkpoints):
     ids = torch.tensor([tokenizer.encode("发动机水温高，风扇不转")] * 2)
     plain = model(input_ids=ids, use_cache=False).logits
     tokens = torch.tensor([7, 8, 9])
-    model.add_prompt(3, projection=False)
+    add_prompt(model, 3, projection=False)
     with torch.no_grad():
         model.transformer.prompt_encoder.embedding.weight.copy_(model.get_input_embeddings()(tokens))
     prompted = model(input_ids=ids, use_cache=False).logits
@@ -223,7 +224,7 @@ def test_a_version_1_prompt_generates_the_same_with_a_cache_and_with_padding(mod
     torch.manual_seed(0)
     model = MODE[mode].model.from_pretrained(checkpoints[mode], dtype=torch.float32)
     tokenizer = MODE[mode].tokenizer.from_pretrained(checkpoints[mode])
-    model.add_prompt(4, projection=True)
+    add_prompt(model, 4, projection=True)
     model.eval()
     rows = [tokenizer.encode(text) for text in ("发动机水温高，风扇不转，请检查", "你好")]
     batch = {

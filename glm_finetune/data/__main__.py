@@ -40,8 +40,7 @@ def main():
     tokenizer = mode.tokenizer.from_pretrained(config.model_name_or_path)
     settings = settings_of(config, mode, tokenizer)
     data = InstructionDataset(config.train_path, settings, progress=sys.stderr.isatty())
-    print(config.train_path, *data.report.table(), sep="\n")
-    print(*data.report.hints(), sep="\n", end="\n" if list(data.report.hints()) else "")
+    print(config.train_path, *data.report.table(), *data.report.hints(), sep="\n")
     questions, samples = uncut_lengths(config.train_path, settings)
     panels = [
         Panel("tokens before the last answer, uncut", questions, "max_src_len", config.max_src_len),

@@ -11,9 +11,9 @@ blocks.
 import hashlib
 import os
 import time
-from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from glm_finetune.data.files import BOM, MAX_LINE, lines_in, list_data_files, numbered_rows
 from glm_finetune.data.lock import locked
@@ -26,8 +26,7 @@ LARGE_BYTES = 2**28
 MIN_AGE_SECS = 2  # a younger file may change once more without its time of change showing it
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """Lines of a file. start, end: bytes. first_row: rows before it (blank lines are none). first_number: its first
     line, from 1.
     """
@@ -42,15 +41,14 @@ class Block:
         """Yield (line, dict or Unreadable)."""
         with open(self.path, "rb") as file:
             file.seek(self.start)
-            if self.end - self.start > MAX_LINE:
-                yield from lines_in(file, self.first_number, self.end - self.start)
+            size = self.end - self.start
+            if size > MAX_LINE:
+                yield from lines_in(file, self.first_number, size)
             else:  # no line can be too long: read all at once
-                lines = file.read(self.end - self.start).split(b"\n")
-                yield from numbered_rows(lines, self.first_number)
+                yield from numbered_rows(file.read(size).split(b"\n"), self.first_number)
 
 
-@dataclass(frozen=True)
-class RowBlock:
+class RowBlock(NamedTuple):
     """Rows that were read already. entries: [(number, dict or Unreadable)]."""
 
     first_row: int
@@ -60,8 +58,7 @@ class RowBlock:
         return self.entries
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """A file. sha256: of its bytes. num_rows, blocks: of JSON lines that are not compressed; None and () otherwise."""
 
     sha256: str
@@ -90,15 +87,10 @@ def content_of(data_file, cache_dir=None):
 
 
 def fingerprint(text, cache_dir=None):
-    """Text that changes with the data: of one file the SHA-256 of its bytes; of data sets of the hub only their names.
-
-    text: --train_path.
-    """
-    data_files = list_data_files(text)
-    parts = [(content_of(data_file, cache_dir) or data_file.path, str(data_file.weight)) for data_file in data_files]
-    if len(parts) == 1 and data_files[0].weight == 1:
-        return parts[0][0]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+    """--train_path -> text that changes with the data: of one file its SHA-256; of data sets of the hub their names."""
+    parts = [(content_of(one, cache_dir) or one.path, str(one.weight)) for one in list_data_files(text)]
+    is_plain = [weight for _, weight in parts] == ["1"]
+    return parts[0][0] if is_plain else hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def signature(path):
@@ -128,11 +120,10 @@ def layout_of(data_file, path, cache_dir=None):
         return scan(path, data_file.has_blocks)
     name = hashlib.sha256(f"{os.path.abspath(path)} {data_file.has_blocks}".encode()).hexdigest()[:32]
     note = Path(cache_dir) / "files" / f"{name}.json"
-    layout = _noted(note, path)
-    if layout is None:
-        with locked(note.with_suffix(".lock")):  # one rank reads the file, the others what it found
-            layout = _noted(note, path) or _scan_and_note(note, path, data_file.has_blocks)
-    return layout
+    if layout := _noted(note, path):
+        return layout
+    with locked(note.with_suffix(".lock")):  # one rank reads the file, the others what it found
+        return _noted(note, path) or _scan_and_note(note, path, data_file.has_blocks)
 
 
 def _noted(note, path):
@@ -150,14 +141,15 @@ def _scan_and_note(note, path, has_blocks):
 
     A large file is given the time to get older: without a note every rank would read it.
     """
-    is_old = time.time() - os.stat(path).st_ctime > MIN_AGE_SECS
-    if not is_old and os.stat(path).st_size > LARGE_BYTES:
+    status = os.stat(path)
+    is_old = time.time() - status.st_ctime > MIN_AGE_SECS
+    if not is_old and status.st_size > LARGE_BYTES:
         time.sleep(MIN_AGE_SECS)
         is_old = True
     before, layout = signature(path), scan(path, has_blocks)
     if is_old:
-        blocks = [list(asdict(block).values())[1:] for block in layout.blocks]
-        write_json({**asdict(layout), "blocks": blocks, "signature": before}, note)
+        blocks = [block[1:] for block in layout.blocks]
+        write_json({**layout._asdict(), "blocks": blocks, "signature": before}, note)
     return layout
 
 

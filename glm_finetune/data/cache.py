@@ -17,7 +17,6 @@ import shutil
 import time
 import zlib
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -49,54 +48,50 @@ def prepared(data_files, settings, cache_dir, overwrite=False, progress=False, n
     num_threads: see `prepare.tokenize`.
     Raises UserError for a bad row (file and line), NotWritten naming --cache_dir if nothing can be written there.
     """
-    started = time.time()
-    before = signatures(data_files)
+    started, before = time.time(), signatures(data_files)
     with naming_the_cache(cache_dir):
         contents = [content_of(data_file, cache_dir) for data_file in data_files]
         folder = Path(cache_dir) / key_of(data_files, contents, settings)
         oldest = started if overwrite or None in contents else 0
-        samples = read(folder, oldest)
-        if samples is None:
-            with locked(folder.with_suffix(".lock")):
-                samples = read(folder, oldest, say=print)  # somebody else may have made it meanwhile
-                if samples is None:
-                    _raise_old_error(folder, started)
-                    _build(folder, before, data_files, settings, progress, num_workers, num_threads)
-                    samples = read(folder)
-    return samples
+        if (samples := read(folder, oldest)) is not None:
+            return samples
+        with locked(folder.with_suffix(".lock")):
+            if (samples := read(folder, oldest, say=print)) is None:  # else somebody has made it meanwhile
+                _raise_old_error(folder, started)
+                _build(folder, before, data_files, settings, progress, num_workers, num_threads)
+                samples = read(folder)
+            return samples
 
 
 def key_of(data_files, contents, settings):
     """What the samples follow from, as the name of a folder. contents: `blocks.content_of` of each file."""
     tokenizer = settings.tokenizer
-    files = [tokenizer.folder / tokenizer.model_file, tokenizer.folder / "tokenizer_config.json"]
-    others = {item.name: getattr(settings, item.name) for item in fields(settings)}
-    del others["template"], others["tokenizer"], others["limits"], others["drafts"]
-    named = [data_file.path if content is None else content for data_file, content in zip(data_files, contents)]
+    tokenizer_files = [tokenizer.folder / name for name in (tokenizer.model_file, "tokenizer_config.json")]
+    code = (path for room in ("data", "modes", "objectives") for path in PACKAGE.glob(f"{room}/*.py"))
+    named = [one.path if content is None else content for one, content in zip(data_files, contents)]
     skips = settings.on_bad_row == "skip"  # the report then names files
-    parts = {
+    parts = vars(settings) | {
         "format": FORMAT,
-        "files": [[name, data_file.kind, str(data_file.weight)] for name, data_file in zip(named, data_files)],
-        "paths": [data_file.path for data_file in data_files] if skips else [],
-        "tokenizer": [type(tokenizer).__qualname__, *(_sha256(file) for file in files if file.is_file())],
+        "files": [[name, one.kind, str(one.weight)] for name, one in zip(named, data_files)],
+        "paths": [one.path for one in data_files] if skips else [],
+        "tokenizer": [type(tokenizer).__qualname__, _sha256(filter(Path.is_file, tokenizer_files))],
         "sentencepiece": sentencepiece.__version__,
-        "functions": [f"{f.__module__}.{f.__qualname__}" for f in (settings.template.draft, settings.drafts)],
-        "code": code_version(),
-        "limits": asdict(settings.limits),
-        **others,
+        "template": _name(settings.template.draft),
+        "drafts": _name(settings.drafts),
+        "code": _sha256(sorted(code)),  # a change of it makes no old cache wrong
+        "limits": vars(settings.limits),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def code_version():
-    """Hash of the code that decides what a row becomes: a change of it makes no old cache wrong."""
-    files = sorted(path for room in ("data", "modes", "objectives") for path in PACKAGE.glob(f"{room}/*.py"))
-    return hashlib.sha256("".join(_sha256(file) for file in files).encode()).hexdigest()
+def _name(function):
+    return f"{function.__module__}.{function.__qualname__}"
 
 
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(paths):
+    """One hash of several files."""
+    digests = [hashlib.sha256(path.read_bytes()).digest() for path in paths]
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def read(folder, oldest=0, say=None):
@@ -126,11 +121,9 @@ def checksum(path):
 
     The file is read, not mapped: what is mapped counts as memory of the process.
     """
-    size, piece, crc = path.stat().st_size, 2**20, 0
-    starts = range(0, size, piece)
-    if size > CHECKED_BYTES:
-        num_pieces = CHECKED_BYTES // piece
-        starts = [i * (size - piece) // (num_pieces - 1) for i in range(num_pieces)]
+    size, piece, num, crc = path.stat().st_size, 2**20, CHECKED_BYTES // 2**20, 0
+    is_large = size > CHECKED_BYTES
+    starts = [i * (size - piece) // (num - 1) for i in range(num)] if is_large else range(0, size, piece)
     with open(path, "rb") as file:
         for start in starts:
             file.seek(start)
@@ -187,10 +180,8 @@ def _write(folder, data_files, settings, progress, num_workers, num_threads):
 def _raise_old_error(folder, started):
     """Raise the UserError that another rank met while this one waited, instead of going the same way to it."""
     path = folder.with_suffix(".error")
-    if path.is_file():
-        record = read_json(path)
-        if record["at"] >= started:
-            raise UserError(record["error"])
+    if path.is_file() and (record := read_json(path))["at"] >= started:
+        raise UserError(record["error"])
 
 
 @contextmanager
@@ -201,8 +192,8 @@ def naming_the_cache(cache_dir):
     except ChildProcessError:
         raise
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        problem = "no space left for the prepared data" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error
         raise NotWritten(
-            f"--cache_dir {cache_dir}: {'no space left for the prepared data' if full else error}. Give a folder on a "
-            "disk with room (about 5 bytes for each token), or --streaming to do without."
+            f"--cache_dir {cache_dir}: {problem}. Give a folder on a disk with room (about 5 bytes for each token), or "
+            "--streaming to do without."
         ) from error

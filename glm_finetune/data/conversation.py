@@ -15,13 +15,8 @@ TOOLS_PROMPT = (  # of ChatGLM3's training, word for word
     "Answer the following questions as best as you can. You have access to the following tools:"
 )
 SPEAKERS = {  # sharegpt -> role
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "function_call": "function_call",
-    "observation": "observation",
+    **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"},
+    **{name: name for name in ("system", "function_call", "observation")},
 }
 
 
@@ -29,8 +24,7 @@ def text_of(row, name):
     """row[name], which must be a string that can be encoded."""
     value = row.get(name)
     if not isinstance(value, str):
-        problem = f"is {value!r:.40}, not a string" if name in row else "is missing"
-        raise UserError(f"field {name!r} {problem}; the fields found are {sorted(map(str, row))}.")
+        raise _is_not("a string", row, name)
     if len(value) > MAX_CHARACTERS:
         raise UserError(f"field {name!r} has {len(value):,} characters; {MAX_CHARACTERS:,} are allowed. Split it.")
     try:
@@ -47,9 +41,13 @@ def list_of(row, name):
     if isinstance(value, str):
         value = _json_of(value, f"field {name!r}")
     if not isinstance(value, list):
-        problem = f"is {row[name]!r:.40}, not a list" if name in row else "is missing"
-        raise UserError(f"field {name!r} {problem}; the fields found are {sorted(map(str, row))}.")
+        raise _is_not("a list", row, name)
     return value
+
+
+def _is_not(kind, row, name):
+    problem = f"is {row[name]!r:.40}, not {kind}" if name in row else "is missing"
+    return UserError(f"field {name!r} {problem}; the fields found are {sorted(map(str, row))}.")
 
 
 def tools_of(row):
@@ -107,13 +105,12 @@ def tool_call(name, arguments):
 
 def from_roles(entry):
     """An entry of role / content (ChatGLM3, OpenAI) -> messages; a tool with its observation is two, as in ChatGLM3."""
-    role = entry.get("role")
-    loss = _loss_of(entry)
+    role, loss = entry.get("role"), _loss_of(entry)
     if role == "tool" and "parameters" in entry:
         observation = entry.get("observation")
+        if observation is None:
+            raise UserError("field 'observation' is missing: the result of the tool.")
         if not isinstance(observation, str):
-            if observation is None:
-                raise UserError("field 'observation' is missing: the result of the tool.")
             observation = as_json(observation, "field 'observation'")
         call = tool_call(entry.get("name"), entry["parameters"])
         return [call | loss, {"role": "observation", "content": text_of({"observation": observation}, "observation")}]
@@ -129,13 +126,9 @@ def from_roles(entry):
 
 
 def _spoken(entry, role):
-    content = entry.get("content")
-    if (
-        isinstance(content, list)
-        and content
-        and all(isinstance(part, dict) and part.get("type") == "text" for part in content)
-    ):
-        entry = {**entry, "content": "".join(text_of(part, "text") for part in content)}  # OpenAI's parts
+    parts = entry.get("content")
+    if parts and isinstance(parts, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in parts):
+        entry = {**entry, "content": "".join(text_of(part, "text") for part in parts)}  # as OpenAI has them
     message = {"role": role, "content": text_of(entry, "content")}
     if role == "system" and (tools := tools_of(entry)):
         message["tools"] = tools

@@ -10,7 +10,6 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 from glm_finetune.data.conversation import (
     check_order,
@@ -30,8 +29,8 @@ NUM_DETECTED = 20  # rows that are looked at to tell the format
 class Format:
     """fields: must be in every row. answer: one more, which prediction can do without. optional: read where given.
 
-    convert(row) -> messages; a last assistant message only where the row has an answer. takes_prompt: it has a further
-    argument, the one prompt of all rows.
+    convert(format, row, prompt_text) -> messages; a last assistant message only where the row has an answer.
+    takes_prompt: whether it has a use for prompt_text, the one prompt of all rows, which is "" otherwise.
     """
 
     name: str
@@ -42,10 +41,14 @@ class Format:
     takes_prompt: bool = False
     entry_field: str | None = None  # of the entries in the one list field, where two formats share its name
 
+    @property
+    def needed(self):
+        """The names of the fields of a row with an answer."""
+        return (*self.fields, self.answer) if self.answer else self.fields
+
     def fits(self, row, needs_answer=True):
         """Whether a row has the fields of this format; what is in them is looked at later."""
-        needed = (*self.fields, *([self.answer] if self.answer and needs_answer else []))
-        if any(name not in row for name in needed):
+        if any(name not in row for name in (self.needed if needs_answer else self.fields)):
             return False
         entries = row[self.fields[0]]
         if self.entry_field and isinstance(entries, str):  # as a CSV cell holds it
@@ -56,7 +59,7 @@ class Format:
 
     def messages(self, row, prompt_text="", needs_answer=True):
         """Messages of a row. Raises UserError with the problem: field, what it is, what to do."""
-        messages = self.convert(row, prompt_text) if self.takes_prompt else self.convert(row)
+        messages = self.convert(self, row, prompt_text if self.takes_prompt else "")
         if messages[:1] and messages[0]["role"] == "text":
             return messages if needs_answer else [{**messages[0], "role": "user"}]
         if needs_answer and self.answer and messages[-1]["role"] != "assistant":
@@ -73,73 +76,63 @@ def as_list(text):
         return None
 
 
-def pair(fields, answer, row, prompt_text=""):
-    """One question, the texts of `fields` with nothing between them, and its answer."""
-    question = prompt_text + "".join([text_of(row, name) for name in fields if row.get(name) != ""])
+def pair(file_format, row, prompt_text):
+    """One question, the texts of the fields with nothing between them, and its answer."""
+    question = prompt_text + "".join([text_of(row, name) for name in file_format.fields if row.get(name) != ""])
+    answer = file_format.answer
     answers = [{"role": "assistant", "content": text_of(row, answer)}] if answer in row else []
     return [{"role": "user", "content": question}, *answers]
 
 
-def with_history(fields, answer, row):
+def with_history(file_format, row, prompt_text):
     """`pair` after a history of [question, answer] pairs, as in the official chat training, and a `system` text."""
     if "history" not in row and "system" not in row:
-        return pair(fields, answer, row)
+        return pair(file_format, row, prompt_text)
     messages = []
     if row.get("system") not in (None, ""):
         messages.append({"role": "system", "content": text_of(row, "system")})
     for i, turn in enumerate(list_of(row, "history") if row.get("history") not in (None, "") else [], 1):
         if not isinstance(turn, list) or len(turn) != 2:
             raise UserError(f"field 'history', round {i}: expected [question, answer], found {turn!r:.60}.")
-        question, answered = ({"text": text} for text in turn)
         try:
-            messages += [{"role": "user", "content": text_of(question, "text")}]
-            messages += [{"role": "assistant", "content": text_of(answered, "text")}]
+            for role, text in zip(("user", "assistant"), turn):
+                messages.append({"role": role, "content": text_of({"text": text}, "text")})
         except UserError as error:
             raise UserError(f"field 'history', round {i}: {error}") from None
-    return messages + pair(fields, answer, row)
+    return messages + pair(file_format, row, prompt_text)
 
 
-def conversation(field, convert, row):
+def conversation(file_format, row, prompt_text):
     """A list of messages, with tools where the row has them, and a system text beside it where it has one."""
-    entries = list_of(row, field)
-    messages = messages_of(entries, convert, tools_of(row), field)
+    (field,) = file_format.fields
+    convert = from_speakers if file_format.entry_field == "from" else from_roles
+    messages = messages_of(list_of(row, field), convert, tools_of(row), field)
     if row.get("system"):
         at = 1 if messages and "tools" in messages[0] else 0
         messages.insert(at, {"role": "system", "content": text_of(row, "system")})
     return messages
 
 
-def plain_text(row):
+def plain_text(file_format, row, prompt_text):
     """Text to continue training on, with no question. A row with an answer is in the wrong file: it would be lost."""
     if row.get("answer") is not None:
         raise UserError("field 'answer' stands beside 'text': one file is text alone, or text and answer.")
     return [{"role": "text", "content": text_of(row, "text")}]
 
 
-def _pair(name, fields, answer, takes_prompt=False):
-    return Format(name, fields, answer, partial(pair, fields, answer), takes_prompt=takes_prompt)
-
-
-def _history(name, fields, answer):
-    return Format(name, fields, answer, partial(with_history, fields, answer), optional=("history", "system"))
-
-
-def _conversation(name, field, convert, entry_field):
-    return Format(name, (field,), None, partial(conversation, field, convert), ("tools", "system"), False, entry_field)
-
-
+HISTORY, TALK = ("history", "system"), ("tools", "system")
 FORMATS = {
     file_format.name: file_format
     for file_format in (
-        _history("instruction", ("instruction", "input"), "output"),
-        _pair("advertisegen", ("content",), "summary"),
-        _pair("question_answer", ("question",), "answer"),
-        _pair("context_target", ("context",), "target"),
-        _pair("text_answer", ("text",), "answer", takes_prompt=True),
-        _history("prompt_response", ("prompt",), "response"),
-        _conversation("conversations", "conversations", from_roles, "role"),
-        _conversation("sharegpt", "conversations", from_speakers, "from"),
-        _conversation("messages", "messages", from_roles, None),
+        Format("instruction", ("instruction", "input"), "output", with_history, HISTORY),
+        Format("advertisegen", ("content",), "summary", pair),
+        Format("question_answer", ("question",), "answer", pair),
+        Format("context_target", ("context",), "target", pair),
+        Format("text_answer", ("text",), "answer", pair, takes_prompt=True),
+        Format("prompt_response", ("prompt",), "response", with_history, HISTORY),
+        Format("conversations", ("conversations",), None, conversation, TALK, entry_field="role"),
+        Format("sharegpt", ("conversations",), None, conversation, TALK, entry_field="from"),
+        Format("messages", ("messages",), None, conversation, TALK),
         Format("text", ("text",), None, plain_text),
     )
 }
@@ -156,8 +149,7 @@ def fitting(row, needs_answer=True):
     """Formats whose fields a row has, without those that need only a part of another's fields."""
     # question and answer beside text: question_answer fits, and text_answer; text alone is a part of text_answer
     found = [file_format for file_format in FORMATS.values() if file_format.fits(row, needs_answer)]
-    needed = [{*file_format.fields, file_format.answer} - {None} for file_format in found]
-    return [file_format for file_format, mine in zip(found, needed) if not any(mine < other for other in needed)]
+    return [one for one in found if not any({*one.needed} < {*other.needed} for other in found)]
 
 
 def detect(rows, needs_answer=True):
@@ -181,32 +173,21 @@ def detect(rows, needs_answer=True):
 
 def _nearest(row):
     """Why a row has no format: the one with most of its fields, and those it lacks."""
-    fields = {
-        file_format: [*file_format.fields, *([file_format.answer] if file_format.answer else [])]
-        for file_format in FORMATS.values()
-    }
-    file_format = max(
-        fields, key=lambda file_format: sum(name in row for name in fields[file_format]) / len(fields[file_format])
-    )
-    lacks = [name for name in fields[file_format] if name not in row]
-    if len(lacks) == len(fields[file_format]):
-        return f"the fields {sorted(map(str, row))} are no known format ({', '.join(FORMATS)})."
+    nearest = max(FORMATS.values(), key=lambda one: sum(name in row for name in one.needed) / len(one.needed))
+    lacks, found = [name for name in nearest.needed if name not in row], sorted(map(str, row))
+    if len(lacks) == len(nearest.needed):
+        return f"the fields {found} are no known format ({', '.join(FORMATS)})."
     field = " and ".join(map(repr, lacks))
-    return f"field {field} is missing for the format {file_format.name}; the fields found are {sorted(map(str, row))}."
+    return f"field {field} is missing for the format {nearest.name}; the fields found are {found}."
 
 
 def parse_columns(text):
-    """ "instruction=question,output=reply" -> {"instruction": "question", "output": "reply"}; None -> {}.
+    """ "instruction=question,output=reply" -> {"instruction": "question", "output": "reply"}.
 
-    Raises UserError for another file_format or a field that no format has.
+    Raises UserError for another form or a field that no format has.
     """
-    known = {
-        name
-        for file_format in FORMATS.values()
-        for name in (*file_format.fields, file_format.answer, *file_format.optional)
-    } - {None}
-    columns = {}
-    for part in filter(None, (text or "").split(",")):
+    known, columns = {name for one in FORMATS.values() for name in (*one.needed, *one.optional)}, {}
+    for part in filter(None, text.split(",")):
         name, equals, column = part.partition("=")
         if not equals or not column or name not in known or name in columns:
             fields = ", ".join(sorted(known))

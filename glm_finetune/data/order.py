@@ -5,6 +5,8 @@ by_length(shuffled(1000, 1, 0), lengths)    # the same rows, those of similar le
 in_windows(1000, 100, 1, 0, 250, 260)       # rows 250 to 260 of a stream shuffled in windows of 100
 """
 
+from functools import reduce
+
 import numpy as np
 import torch
 
@@ -19,10 +21,7 @@ def shuffled(num_rows, *seeds):
 
 def mixed(*seeds):
     """One seed of several ints."""
-    one = 0
-    for seed in seeds:
-        one = (one * 1_000_003 + seed) % 2**63
-    return one
+    return reduce(lambda one, seed: (one * 1_000_003 + seed) % 2**63, seeds, 0)
 
 
 def by_length(order, lengths, *seeds):
@@ -41,9 +40,8 @@ def by_length(order, lengths, *seeds):
 def in_windows(num_rows, window, seed, epoch, start, end):
     """Places [start, end) of an order that permutes rows within windows of `window` consecutive ones. (n,) int64."""
     # 10 rows in windows of 4, shuffled to 2 0 3 1 | 7 4 6 5 | 9 8: places [3, 6) are rows 1 7 4
-    parts = []
-    for number in range(start // window, -(-end // window)):
-        first = number * window
-        rows = first + shuffled(min(window, num_rows - first), seed, epoch, number)
+    parts = [np.zeros(0, np.int64)]
+    for first in range(start // window * window, end, window):
+        rows = first + shuffled(min(window, num_rows - first), seed, epoch, first // window)
         parts.append(rows[max(start - first, 0) : end - first])
-    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+    return np.concatenate(parts)

@@ -22,9 +22,7 @@ def best_fit(lengths, max_len):
     rows = _fill(lengths, order, max_len)
     size, chosen, tried = len(rows) * max(sum(lengths[i] for i in row) for row in rows), None, 0
     for count in range(len(rows), len(lengths) + 1):
-        if (
-            count * descending[0] >= size or tried == MAX_TRIED
-        ):  # no row is narrower than the longest sample: more rows are worse too
+        if count * descending[0] >= size or tried == MAX_TRIED:  # no row is narrower than the longest sample
             break
         if count * -(-total // count) < size:  # else not even an even split is smaller
             tried += 1

@@ -48,13 +48,12 @@ class Task:
 @contextmanager
 def uncollected():
     """Garbage collection switched off: it would scan the many objects of a block again and again and free none."""
-    enabled = gc.isenabled()
+    switch_on = gc.enable if gc.isenabled() else gc.disable
     gc.disable()
     try:
         yield
     finally:
-        if enabled:
-            gc.enable()
+        switch_on()
 
 
 @uncollected()
@@ -118,9 +117,7 @@ def tokenize(data_files, settings, num_workers=0, cache_dir=None, progress=False
 def _in_workers(tasks, settings, num_workers):
     context = multiprocessing.get_context("forkserver")
     slow = [name for name in SLOW_IMPORTS if name in sys.modules]
-    context.set_forkserver_preload(
-        [settings.template.draft.__module__, *slow]
-    )  # once, in the server, not in every worker
+    context.set_forkserver_preload([settings.template.draft.__module__, *slow])  # once, not in every worker
     with ProcessPoolExecutor(num_workers, context, _start_worker, (settings,)) as pool:
         pending = deque()
         try:
@@ -131,9 +128,8 @@ def _in_workers(tasks, settings, num_workers):
             while pending:
                 yield _result(settings, *pending.popleft())
         except BrokenProcessPool:
-            raise ChildProcessError(
-                "a process that prepares the data was killed (out of memory?). Start again."
-            ) from None
+            problem = "a process that prepares the data was killed (out of memory?). Start again."
+            raise ChildProcessError(problem) from None
         finally:
             pool.shutdown(cancel_futures=True)
 

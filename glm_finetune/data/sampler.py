@@ -10,6 +10,7 @@ With lengths the rows of a step are dealt out by length, the longest micro-batch
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -25,20 +26,25 @@ class Progress:
     rows: int = 0
 
 
+@dataclass(eq=False)
 class StepSampler:
-    """Every row once in an epoch, for every number of ranks; the same rows in a step however it is split."""
+    """Every row once in an epoch, for every number of ranks; the same rows in a step however it is split.
 
-    def __init__(
-        self, num_rows, micro_batch_size, num_accumulate, world_size, seed, shuffle=True, lengths=None, window=None
-    ):
-        """lengths: (N,) tokens of each row, to group by. window: shuffle within so many consecutive rows."""
-        self.num_rows, self.seed, self.shuffle = num_rows, seed, shuffle
-        self.lengths, self.window = lengths, window
-        self.num_accumulate, self.world_size = num_accumulate, world_size
-        self.rows_per_step = micro_batch_size * num_accumulate * world_size
-        self.steps_per_epoch = math.ceil(num_rows / self.rows_per_step)
-        self._order_of = None  # the epoch whose order is cached
-        self._order = None
+    lengths: (N,) tokens of each row, to group by. window: shuffle within so many consecutive rows.
+    """
+
+    num_rows: int
+    micro_batch_size: int
+    num_accumulate: int
+    world_size: int
+    seed: int
+    lengths: np.ndarray | None = None
+    window: int | None = None
+
+    def __post_init__(self):
+        self.rows_per_step = self.micro_batch_size * self.num_accumulate * self.world_size
+        self.steps_per_epoch = math.ceil(self.num_rows / self.rows_per_step)
+        self._order_in = lru_cache(1)(self._whole_order)
 
     def total_steps(self, progress, num_epochs):
         """Optimizer steps at the end of `num_epochs`, for a run that stands at `progress`."""
@@ -57,14 +63,12 @@ class StepSampler:
     def order(self, epoch, start=0, end=None):
         """Places [start, end) of the order of an epoch, as a list of row numbers."""
         end = self.num_rows if end is None else min(end, self.num_rows)
-        if self.window and self.shuffle:
+        if self.window:
             return in_windows(self.num_rows, self.window, self.seed, epoch, start, end).tolist()
-        if self._order_of != epoch:
-            self._order_of, self._order = epoch, self._whole_order(epoch)
-        return self._order[start:end].tolist()
+        return self._order_in(epoch)[start:end].tolist()
 
     def _whole_order(self, epoch):
-        rows = shuffled(self.num_rows, self.seed, epoch) if self.shuffle else np.arange(self.num_rows)
+        rows = shuffled(self.num_rows, self.seed, epoch)
         return rows if self.lengths is None else by_length(rows, self.lengths, self.seed, epoch)
 
     def micro_batches(self, progress, rank):

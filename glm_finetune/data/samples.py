@@ -45,25 +45,18 @@ def settings_of(config, mode, tokenizer, drafts=Template.drafts):
     """
     check_limits(config.max_len, config.max_src_len, mode.template, min_room=1)
     cuts = config.truncation in TRUNCATIONS
-    limits = Limits(
-        config.max_len,
-        config.max_src_len,
-        config.truncation if cuts else "tail",
-        end_cut_answers=config.end_cut_answers,
-    )
-    return Settings(
-        mode.template,
-        tokenizer,
-        limits,
-        config.template,
-        config.train_on,
-        "drop" if config.is_skip else "cut" if cuts else config.truncation,
-        config.data_format and named(config.data_format).name,
-        parse_columns(config.columns),
-        config.prompt_text or "",
-        config.on_bad_row,
-        drafts,
-    )
+    way, too_long = (config.truncation, "cut") if cuts else ("tail", config.truncation)
+    limits = Limits(config.max_len, config.max_src_len, way, config.end_cut_answers)
+    options = config.template, config.train_on, "drop" if config.is_skip else too_long
+    known = format_settings(config)
+    return Settings(mode.template, tokenizer, limits, *options, **known, on_bad_row=config.on_bad_row, drafts=drafts)
+
+
+def format_settings(config):
+    """{field of Settings: value} of the flags that training and prediction have in common."""
+    data_format = config.data_format and named(config.data_format).name
+    columns = parse_columns(config.columns) if config.columns else {}
+    return dict(data_format=data_format, columns=columns, prompt_text=config.prompt_text or "")
 
 
 def check_limits(max_len, max_src_len, template, min_room=0):
@@ -71,18 +64,17 @@ def check_limits(max_len, max_src_len, template, min_room=0):
 
     min_room: tokens that must be left for its answer; ChatGLM-Finetuning asks for none.
     """
+    least = max_src_len + template.overhead + 1
     if max_src_len >= max_len:
         raise UserError(f"--max_src_len {max_src_len} must be below --max_len {max_len}: the answer needs room too.")
-    least = max_src_len + template.overhead + 1
     if least - 1 + min_room > max_len:
         raise UserError(
             f"--max_len {max_len} leaves no room for an answer after --max_src_len {max_src_len} and the "
             f"{template.overhead} special tokens of this mode: use --max_len {least} or more."
         )
     if max_src_len < max(1, template.question_tail):
-        raise UserError(
-            f"--max_src_len {max_src_len} is too small: the ending of a question alone is {template.question_tail}."
-        )
+        tail = template.question_tail
+        raise UserError(f"--max_src_len {max_src_len} is too small: the ending of a question alone is {tail}.")
 
 
 def of_file(data_file, settings, needs_answer=True):
@@ -126,9 +118,8 @@ def messages_in(row, settings, needs_answer=True):
     try:
         return file_format.messages(renamed(row, settings.columns), settings.prompt_text, needs_answer)
     except UserError as error:
-        raise UserError(
-            f"{error} (The file is read as format {file_format.name}; --data_format changes that.)"
-        ) from None
+        hint = f"(The file is read as format {file_format.name}; --data_format changes that.)"
+        raise UserError(f"{error} {hint}") from None
 
 
 def drafts_in(row, settings):
@@ -149,9 +140,8 @@ def fitted(drafts, settings, encode):
     for one in rendered if settings.too_long == "error" else ():
         if one.question_cut or one.answer_cut:
             name, flag = ("question", "max_src_len") if one.question_cut else ("answer", "max_len")
-            raise UserError(
-                f"the {name} does not fit into --{flag}. Raise it, or choose another --truncation than error."
-            )
+            remedy = "Raise it, or choose another --truncation than error."
+            raise UserError(f"the {name} does not fit into --{flag}. {remedy}")
     return rendered
 
 
@@ -179,22 +169,14 @@ def read_questions(config, trained_prompt=None):
     trained_prompt: the --prompt_text of the training, used where the format takes one and config has none.
     Raises UserError naming the place of a bad row.
     """
-    settings = Settings(
-        None,
-        None,
-        None,
-        data_format=config.data_format and named(config.data_format).name,
-        columns=parse_columns(config.columns),
-        prompt_text=config.prompt_text or "",
-    )
+    settings = Settings(None, None, None, **format_settings(config))
     for data_file in list_data_files(config.test_path):
         known = of_file(data_file, settings, needs_answer=False)
         if named(known.data_format).takes_prompt:
             known = replace(known, prompt_text=known.prompt_text or trained_prompt or "")
         if data_file.weight != 1:
-            raise UserError(
-                f"--test_path {data_file.path}:{float(data_file.weight):g}: answers need no weight. Leave it out."
-            )
+            name = f"{data_file.path}:{float(data_file.weight):g}"
+            raise UserError(f"--test_path {name}: answers need no weight. Leave it out.")
         for number, row in data_file.rows():
             try:
                 messages = messages_in(row, known, needs_answer=False)

@@ -11,19 +11,10 @@ from dataclasses import dataclass
 
 from glm_finetune.tuning.lora import VARIANT, add_lora
 from glm_finetune.tuning.ptuning import add_prefix, add_prompt
-from glm_finetune.tuning.select import last_layers, train_all, train_named
+from glm_finetune.tuning.select import last_layers, train_named
 
-LORA_FLAGS = (
-    "lora_dim",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_module_name",
-    "lora_variant",
-    "loraplus_ratio",
-    "modules_to_save",
-)
-LORA_IDENTITY = tuple(name for name in LORA_FLAGS if name != "lora_dropout")
-FREEZE_FLAGS = ("freeze_module_name", "freeze_last")
+LORA_FLAGS = ("lora_dim", "lora_alpha", "lora_dropout", "lora_module_name", "lora_variant")
+LORA_FLAGS += ("loraplus_ratio", "modules_to_save")
 PTUNING_FLAGS = ("pre_seq_len", "prefix_projection", "prefix_dropout", "ptuning_version")
 
 
@@ -31,8 +22,7 @@ PTUNING_FLAGS = ("pre_seq_len", "prefix_projection", "prefix_dropout", "ptuning_
 class TrainType:
     """apply(model, config, mode) -> the model with what learns set.
 
-    flags: those that concern this type only. identity: flags that a run cannot change when it is resumed.
-    learning_rate(config) -> the default, that of the recipe.
+    flags: those that concern this type only. learning_rate(config) -> the default, that of the recipe.
     saves: "weights" (all), "adapter" (peft's files) or "prefix" (what learns, under its own names).
     fp32: what learns is held in fp32 whatever the compute dtype. quantizes: the base is quantised as it is read.
     """
@@ -40,11 +30,15 @@ class TrainType:
     name: str
     apply: Callable
     flags: tuple
-    identity: tuple
     learning_rate: Callable
     saves: str = "weights"
     fp32: bool = False
     quantizes: bool = False
+
+    @property
+    def identity(self):
+        """The flags that a run cannot change when it is resumed."""
+        return [name for name in self.flags if not name.endswith("dropout")]
 
 
 def names_in(text):
@@ -53,28 +47,19 @@ def names_in(text):
 
 
 def _lora(model, config, mode):
-    return add_lora(
-        model,
-        config.lora_dim,
-        config.lora_alpha,
-        config.lora_dropout,
-        names_in(config.lora_module_name) or mode.lora_targets,
-        config.model_name_or_path,
-        config.lora_variant,
-        names_in(config.modules_to_save),
-    )
+    targets, others = names_in(config.lora_module_name) or mode.lora_targets, names_in(config.modules_to_save)
+    sizes = config.lora_dim, config.lora_alpha, config.lora_dropout
+    return add_lora(model, *sizes, targets, config.model_name_or_path, config.lora_variant, others)
 
 
 def _freeze(model, config, mode):
-    if config.freeze_last:
-        return train_named(model, last_layers(model, config.freeze_last))
-    return train_named(model, names_in(config.freeze_module_name or "layers.27."))
+    parts = names_in(config.freeze_module_name or "layers.27.")
+    return train_named(model, last_layers(model, config.freeze_last) if config.freeze_last else parts)
 
 
 def _ptuning(model, config, mode):
-    if config.ptuning_version == 1:
-        return add_prompt(model, config.pre_seq_len, config.prefix_projection, config.prefix_dropout, config.max_len)
-    return add_prefix(model, config.pre_seq_len, config.prefix_projection, config.prefix_dropout)
+    sizes = config.pre_seq_len, config.prefix_projection, config.prefix_dropout
+    return add_prompt(model, *sizes, config.max_len) if config.ptuning_version == 1 else add_prefix(model, *sizes)
 
 
 def _ptuning_rate(config):
@@ -87,27 +72,11 @@ def _ptuning_rate(config):
 TRAIN_TYPE = {
     train_type.name: train_type
     for train_type in (
-        TrainType("lora", _lora, LORA_FLAGS, LORA_IDENTITY, lambda config: 5e-4, saves="adapter"),
-        TrainType(
-            "qlora",
-            _lora,
-            (*LORA_FLAGS, "quantization_bit"),
-            (*LORA_IDENTITY, "quantization_bit"),
-            lambda config: 2e-4,
-            saves="adapter",
-            quantizes=True,
-        ),
-        TrainType("freeze", _freeze, FREEZE_FLAGS, FREEZE_FLAGS, lambda config: 1e-4),
-        TrainType(
-            "ptuning",
-            _ptuning,
-            PTUNING_FLAGS,
-            tuple(name for name in PTUNING_FLAGS if name != "prefix_dropout"),
-            _ptuning_rate,
-            saves="prefix",
-            fp32=True,
-        ),
-        TrainType("all", lambda model, config, mode: train_all(model), (), (), lambda config: 1e-4),
+        TrainType("lora", _lora, LORA_FLAGS, lambda config: 5e-4, "adapter"),
+        TrainType("qlora", _lora, (*LORA_FLAGS, "quantization_bit"), lambda config: 2e-4, "adapter", quantizes=True),
+        TrainType("freeze", _freeze, ("freeze_module_name", "freeze_last"), lambda config: 1e-4),
+        TrainType("ptuning", _ptuning, PTUNING_FLAGS, _ptuning_rate, "prefix", fp32=True),
+        TrainType("all", lambda model, config, mode: model.requires_grad_(True), (), lambda config: 1e-4),
     )
 }
 
@@ -119,15 +88,14 @@ def problems(config, train_type, stage):
     if config.freeze_last and config.freeze_module_name:
         yield "--freeze_last and --freeze_module_name both say what stays trainable: give one of them."
     if train_type.quantizes and stage == 3:
-        yield (
-            f"--train_type {train_type.name} with ZeRO-3: weights are quantised or divided as they are read, not "
-            "both. Use a ds_zero2_*.json; the quantised base of a 6B model takes about 4 GB on each card."
-        )
+        why = "weights are quantised or divided as they are read, not both"
+        remedy = "Use a ds_zero2_*.json; the quantised base of a 6B model takes about 4 GB on each card."
+        yield f"--train_type {train_type.name} with ZeRO-3: {why}. {remedy}"
     if train_type.quantizes and config.lora_variant == "pissa":
         yield "--lora_variant pissa changes the base's weights, which qlora has quantised: use --train_type lora."
 
 
 def unused_flags(train_type, given):
     """Flags in `given` (those that were set) that concern other train types only, and so have no effect here."""
-    others = {name for other in TRAIN_TYPE.values() for name in other.flags} - set(train_type.flags)
-    return sorted(others & set(given))
+    others = {name for other in TRAIN_TYPE.values() for name in other.flags}
+    return sorted(others.intersection(given).difference(train_type.flags))

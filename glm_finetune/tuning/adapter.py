@@ -25,9 +25,12 @@ def exported(model, weights):
     """
     tensors = get_peft_model_state_dict(model, state_dict=weights)
     config = dataclasses.replace(model.peft_config["default"], inference_mode=True)
-    if not model.initial_lora:
-        return tensors, config
-    for name, first in model.initial_lora.items():
+    return _without_start(tensors, config, model.initial_lora) if model.initial_lora else (tensors, config)
+
+
+def _without_start(tensors, config, start):
+    """B A - B0 A0 as one adapter. start: {name: tensor} of A0 and B0."""
+    for name, first in start.items():
         if "lora_A" in name:
             tensors[name] = torch.cat((tensors[name], first.to(tensors[name].dtype)), 0)  # (2R, in)
         elif "lora_B" in name:
@@ -43,7 +46,10 @@ def load_adapter(model, folder):
     peft only warns, and those that it does not know it leaves out in silence.
     """
     _check_adapter_config(Path(folder) / "adapter_config.json")
-    names = {name for name, _ in iter_file(_adapter_file(folder))}
+    files = [path for name in WEIGHT_FILES if (path := Path(folder) / name).is_file()]
+    if not files:
+        raise UserError(f"{folder}: no weights of the adapter, expected {' or '.join(WEIGHT_FILES)}.")
+    names = {name for name, _ in iter_file(files[0])}
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
             model = PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device)).eval()
@@ -53,18 +59,9 @@ def load_adapter(model, folder):
     missing = sorted(expected - names)
     unexpected = sorted(name for name in names - expected if not name.endswith("base_layer.weight"))
     if missing or unexpected:
-        raise UserError(
-            f"{folder}: the adapter does not fit the base model: {len(missing)} tensors missing "
-            f"{missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}. Is it of another base?"
-        )
+        counts = f"{len(missing)} tensors missing {missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}"
+        raise UserError(f"{folder}: the adapter does not fit the base model: {counts}. Is it of another base?")
     return model
-
-
-def _adapter_file(folder):
-    for name in WEIGHT_FILES:
-        if (Path(folder) / name).is_file():
-            return Path(folder) / name
-    raise UserError(f"{folder}: no weights of the adapter, expected {' or '.join(WEIGHT_FILES)}.")
 
 
 def _check_adapter_config(path):

@@ -25,26 +25,20 @@ def add_lora(model, rank, alpha, dropout, targets, base_path, variant="lora", mo
     base_path is recorded in adapter_config.json, from where `merge_lora.py` and `predict.py` find the base again.
     Raises UserError with the names that exist when a target matches nothing.
     """
-    targets = all_linear(model) if list(targets) == [ALL_LINEAR] else targets
+    targets = all_linear(model) if list(targets) == [ALL_LINEAR] else list(targets)
     check_targets(model, targets)
     if variant == "pissa":
         check_rank(model, rank, targets)
-    check_modules(model, modules_to_save)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=list(targets),
-        modules_to_save=list(modules_to_save) or None,
-        bias="none",
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=str(base_path),
-        **VARIANT[variant],
-    )
+    if modules_to_save:
+        check_modules(model, modules_to_save)
+    sizes = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "bias": "none", "task_type": "CAUSAL_LM"}
+    layers = {"target_modules": targets, "modules_to_save": list(modules_to_save) or None}
+    config = LoraConfig(**sizes, **layers, base_model_name_or_path=str(base_path), **VARIANT[variant])
     model.name_or_path = str(base_path)
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # peft uses names that transformers renames
         model = get_peft_model(model, config, autocast_adapter_dtype=False)
-    model.initial_lora = initial_factors(model) if variant == "pissa" else None
+    factors = get_peft_model_state_dict(model) if variant == "pissa" else {}  # as they begin, see adapter.exported
+    model.initial_lora = {name: tensor.detach().cpu().clone() for name, tensor in factors.items()}
     return model
 
 
@@ -54,16 +48,20 @@ def check_rank(model, rank, targets):
         layer = name.removesuffix(".weight")
         most = min(full_shape(weight))
         if name.endswith(".weight") and layer.endswith(tuple(targets)) and rank > most:
-            raise UserError(
-                f"--lora_dim {rank}: {layer} has {most} singular values; --lora_variant pissa takes no more."
-            )
+            problem = f"{layer} has {most} singular values; --lora_variant pissa takes no more."
+            raise UserError(f"--lora_dim {rank}: {problem}")
 
 
 def all_linear(model):
     """Names of all kinds of linear layers except the output layer."""
     head = model.get_output_embeddings()
-    found = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
-    return sorted(found)
+    linear = (name for name, part in model.named_modules() if isinstance(part, nn.Linear) and part is not head)
+    return sorted(last_names(linear))
+
+
+def last_names(names):
+    """{"query_key_value", ...} of names like transformer.encoder.layers.0.self_attention.query_key_value."""
+    return {name.rpartition(".")[2] for name in names}
 
 
 def check_modules(model, names):
@@ -73,18 +71,13 @@ def check_modules(model, names):
     for wanted in names:
         found = [module for name, module in modules.items() if name == wanted or name.endswith("." + wanted)]
         if not found:
-            shown = sorted({name.rpartition(".")[2] for name in modules if not name.rpartition(".")[2].isdecimal()})
+            shown = sorted(name for name in last_names(modules) if not name.isdecimal())
             raise UserError(f"--modules_to_save: no module is called {wanted}. There are: {', '.join(shown[1:])}.")
         if any(uses[id(weight)] > 1 for module in found for weight in module.parameters()):
             raise UserError(
                 f"--modules_to_save: {wanted} shares its weight with another module of this model (embedding and "
                 "output layer are one matrix in ChatGLM-6B): it cannot be trained by itself."
             )
-
-
-def initial_factors(model):
-    """{name: CPU copy} of the LoRA matrices as they begin; PiSSA has taken their product out of the base."""
-    return {name: tensor.detach().cpu().clone() for name, tensor in get_peft_model_state_dict(model).items()}
 
 
 def check_targets(model, targets):
@@ -99,12 +92,10 @@ def check_targets(model, targets):
         for name, weight in named
         if name.endswith(".weight") and len(full_shape(weight)) == 2 and uses[id(weight)] == 1
     ]
-    linear = sorted({name.rpartition(".")[2] for name in matrices})
     unmatched = [t for t in targets if not any(name == t or name.endswith("." + t) for name in matrices)]
+    if ALL_LINEAR in unmatched:
+        raise UserError(f"--lora_module_name: {ALL_LINEAR} stands alone; leave the other names out.")
     if unmatched:
-        if ALL_LINEAR in unmatched:
-            raise UserError(f"--lora_module_name: {ALL_LINEAR} stands alone; leave the other names out.")
-        raise UserError(
-            f"--lora_module_name: no layer is called {', '.join(unmatched)}. Layers that take LoRA: "
-            f"{', '.join(linear)}."
-        )
+        linear = ", ".join(sorted(last_names(matrices)))
+        unknown = ", ".join(unmatched)
+        raise UserError(f"--lora_module_name: no layer is called {unknown}. Layers that take LoRA: {linear}.")

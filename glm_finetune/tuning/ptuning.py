@@ -22,13 +22,11 @@ WEIGHT_FILE = "pytorch_model.bin"  # the official code reads a prefix from this 
 
 
 def add_prefix(model, pre_seq_len, projection, dropout):
-    """Freeze `model` and give it a prefix of `pre_seq_len` tokens; projection: through an MLP.
-    dropout: of the prefix in training.
+    """Freeze `model` and give it a prefix of `pre_seq_len` tokens; projection: through an MLP. dropout: of the prefix.
 
     Raises UserError if it is longer than the context or the model has one already.
     """
-    _check_length(model, pre_seq_len)
-    model.requires_grad_(False)
+    _freeze(model, pre_seq_len)
     prefixes.add_prefix(model, pre_seq_len, projection, dropout)
     return model
 
@@ -38,22 +36,23 @@ def add_prompt(model, prompt_len, projection, dropout, max_len):
 
     max_len: tokens of text, which share the positions with the prompt. Raises UserError like `add_prefix`.
     """
-    _check_length(model, prompt_len)
+    _freeze(model, prompt_len)
     if prompt_len + max_len > model.config.max_positions:
         raise UserError(
             f"--pre_seq_len {prompt_len} and --max_len {max_len} are more than the context of "
             f"{model.config.max_positions}: a version 1 prompt takes positions. Lower one of them."
         )
-    model.requires_grad_(False)
     prefixes.add_prompt(model, prompt_len, projection, dropout)
     return model
 
 
-def _check_length(model, length):
+def _freeze(model, length):
+    """Nothing of a model learns that is to get a prefix of `length` tokens."""
     if model.config.pre_seq_len or model.config.prompt_len:
         raise UserError("--train_type ptuning: the base has a prefix already; give the base it was made from.")
     if length >= model.config.max_positions:
         raise UserError(f"--pre_seq_len {length}: must be below the context of {model.config.max_positions}.")
+    model.requires_grad_(False)
 
 
 def write_prefix(model, tensors, folder):
@@ -90,14 +89,12 @@ def is_prefix_folder(folder):
 def load_prefix(model, folder):
     """Put the prefix in `folder` on `model`. Raises UserError when names or shapes do not fit the base."""
     tensors = {name: tensor for name, tensor in iter_tensors(folder) if name.startswith((PREFIX, PROMPT))}
-    start = PROMPT if any(name.startswith(PROMPT) for name in tensors) else PREFIX
-    embedding = tensors.get(start + "embedding.weight")
-    if embedding is None:
-        raise UserError(f"{Path(folder)}: holds no {start}embedding.weight; it is not the checkpoint of a prefix.")
-    if start == PROMPT:
-        prefixes.add_prompt(model, embedding.shape[0], projection=False)
-    else:
-        prefixes.add_prefix(model, embedding.shape[0], any(name.startswith(PREFIX + "trans.") for name in tensors))
+    is_prompt, has_encoder = (any(name.startswith(part) for name in tensors) for part in (PROMPT, PREFIX + "trans."))
+    name = (PROMPT if is_prompt else PREFIX) + "embedding.weight"
+    if name not in tensors:
+        raise UserError(f"{Path(folder)}: holds no {name}; it is not the checkpoint of a prefix.")
+    add = prefixes.add_prompt if is_prompt else prefixes.add_prefix
+    add(model, len(tensors[name]), has_encoder and not is_prompt)
     expected = {name: p for name, p in model.named_parameters() if name.startswith((PREFIX, PROMPT))}
     if {n: p.shape for n, p in expected.items()} != {n: t.shape for n, t in tensors.items()}:
         raise UserError(f"{Path(folder)}: the prefix does not fit the base model. Is it of another base?")

@@ -15,6 +15,7 @@ from glm_finetune.errors import UserError
 from glm_finetune.weights import OnDevice, is_finite, replace_parameter
 
 PACKAGE = "bitsandbytes==0.50.2"
+NF4 = {"compress_statistics": True, "quant_type": "nf4"}  # with double quantisation
 
 
 @dataclass(frozen=True)
@@ -35,34 +36,26 @@ class Quantized(OnDevice):
         return model
 
     def _layer(self, linear):
-        bitsandbytes = import_bitsandbytes()
-        sizes = dict(input_features=linear.in_features, output_features=linear.out_features)
-        if self.bits == 4:
-            kind = dict(compute_dtype=self.dtype, compress_statistics=True, quant_type="nf4")
-            layer = bitsandbytes.nn.Linear4bit(**sizes, bias=linear.bias is not None, **kind)
-            # On CPUs the first evaluation would pack the weights anew, for good and with scales rounded to bf16.
-            layer.support_avx512bf16_for_cpu = False
-            return layer
-        return bitsandbytes.nn.Linear8bitLt(
-            **sizes, bias=linear.bias is not None, has_fp16_weights=False, threshold=6.0
-        )
+        kinds, sizes = import_bitsandbytes().nn, (linear.in_features, linear.out_features, linear.bias is not None)
+        if self.bits == 8:
+            return kinds.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0)
+        layer = kinds.Linear4bit(*sizes, compute_dtype=self.dtype, **NF4)
+        # On CPUs the first evaluation would pack the weights anew, for good and with scales rounded to bf16.
+        layer.support_avx512bf16_for_cpu = False
+        return layer
 
     def assign(self, model, name, tensor):
-        bitsandbytes = import_bitsandbytes()
-        owner, _, attribute = name.rpartition(".")
+        kinds, (owner, _, attribute) = import_bitsandbytes().nn, name.rpartition(".")
         layer = model.get_submodule(owner)
-        kinds = bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt
-        if attribute != "weight" or not isinstance(layer, kinds):
+        if attribute != "weight" or not isinstance(layer, (kinds.Linear4bit, kinds.Linear8bitLt)):
             return super().assign(model, name, tensor)
         # bitsandbytes quantises 8-bit weights only on their way from the CPU to a card.
         value = tensor.to("cpu" if self.bits == 8 else self.device, self.dtype)
-        if self.bits == 4:
-            weight = bitsandbytes.nn.Params4bit(
-                value, requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
-            )
-        else:
-            weight = bitsandbytes.nn.Int8Params(value, requires_grad=False, has_fp16_weights=False)
         finite = is_finite(value)
+        if self.bits == 4:
+            weight = kinds.Params4bit(value, requires_grad=False, module=layer, **NF4)
+        else:
+            weight = kinds.Int8Params(value, requires_grad=False, has_fp16_weights=False)
         replace_parameter(model, name, weight.to(self.device))  # quantises
         return finite
 

@@ -1,13 +1,8 @@
-"""Train some of the base's own weights: all of them, or those whose names contain a given part."""
+"""Train some of the base's own weights: those whose names contain a given part."""
 
 import re
 
 from glm_finetune.errors import UserError
-
-
-def train_all(model):
-    """Every parameter learns."""
-    return model.requires_grad_(True)
 
 
 def last_layers(model, num):
@@ -24,14 +19,13 @@ def train_named(model, parts):
 
     Raises UserError naming the parts that match nothing, and examples of names that exist.
     """
-    names = [name for name, _ in model.named_parameters()]
-    unmatched = [part for part in parts if not any(part in name for name in names)]
-    if unmatched:
-        shown = sorted({".".join(name.split(".")[:-2]) for name in names})
+    parameters = dict(model.named_parameters())
+    if unmatched := [part for part in parts if not any(part in name for name in parameters)]:
+        shown = sorted({".".join(name.split(".")[:-2]) for name in parameters})
         raise UserError(
             f"--freeze_module_name: no parameter name contains {' or '.join(map(repr, unmatched))}. "
             f"Names begin with: {', '.join(shown[:12])}, ..."
         )
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         parameter.requires_grad_(any(part in name for part in parts))
     return model
