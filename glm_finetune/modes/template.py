@@ -74,7 +74,7 @@ class Rendered(NamedTuple):
     @property
     def num_prefix(self):
         """Tokens of the bidirectional prefix (0 in causal modes)."""
-        return sum(map(len, self.ids[: self.draft.num_prefix_parts])) if self.draft.num_prefix_parts else 0
+        return sum(map(len, self.ids[: self.draft.num_prefix_parts]))
 
     @property
     def num_question(self):
@@ -110,9 +110,8 @@ class Template:
         if messages[0]["role"] == "text":
             return [self._text(tokenizer, messages)]
         trained = trained_turns(messages, train_on)
-        if self.joins_answers:
-            return [self.draft(tokenizer, messages, style, trained)] if trained else []
-        return [self.draft(tokenizer, messages, style, [i]) for i in trained]
+        groups = [trained] if self.joins_answers and trained else [[i] for i in trained]
+        return [self.draft(tokenizer, messages, style, group) for group in groups]
 
     def fitted(self, tokenizer, draft, encode, limits=None, style="train"):
         """A draft as samples of at most limits -> list of Rendered, one unless it must be divided.
@@ -132,15 +131,13 @@ class Template:
         joined = [self.draft(tokenizer, draft.messages, style, trained[:count]) for count in range(1, len(trained))]
         num_joined = bisect(joined, False, key=lambda one: not self._fits(one, encode(one.parts), limits))
         alone = [self.draft(tokenizer, draft.messages, style, [i]) for i in trained[num_joined:]]
-        kept = [*joined[:num_joined][-1:], *alone]
-        return [self._alone(tokenizer, one, encode, limits, style) for one in kept]
+        return [self._alone(tokenizer, one, encode, limits, style) for one in joined[:num_joined][-1:] + alone]
 
     def render(self, tokenizer, messages, limits=None, style="train"):
         """See Mode.render."""
         if not messages:
             raise UserError("an empty conversation.")
-        last = len(messages) - 1
-        trained = [last] if messages[last]["role"] == "assistant" else []
+        trained = [len(messages) - 1] if messages[-1]["role"] == "assistant" else []
         draft = self.draft(tokenizer, messages, style, trained)
         return self._alone(tokenizer, draft, tokenizer.encode_parts, limits, style)
 
@@ -151,10 +148,8 @@ class Template:
 
     def _fits(self, draft, ids, limits):
         """Whether nothing must be cut."""
-        if limits is None:
-            return True
-        num_question, num_answer = num_tokens(draft, ids)
-        return num_question <= limits.max_src_len and num_question + num_answer <= limits.max_len - self.overhead
+        question, answer = num_tokens(draft, ids)
+        return not limits or (question <= limits.max_src_len and question + answer <= limits.max_len - self.overhead)
 
     def _alone(self, tokenizer, draft, encode, limits, style):
         """A draft of one answer (or none: a prompt) -> Rendered."""
@@ -175,14 +170,11 @@ class Template:
         # max_src_len 6, question_tail 2, a question of 9 tokens q0 .. q8 (q7 q8 are "答："), so that 3 are too many:
         # tail q0 q1 q2 q3 | q7 q8    head q3 q4 q5 q6 q7 q8    middle q0 q1 | q5 q6 q7 q8
         lengths = [len(part) for part in ids]
-        ends = np.cumsum(lengths)
-        kinds, is_text, end = (
-            np.repeat(values, lengths)
-            for values in (draft.kinds, [isinstance(part, str) for part in draft.parts], ends)  # of each token
-        )
-        can_go = is_text & (np.arange(ends[-1]) < end - self.question_tail)
-        free, answer = np.flatnonzero((kinds == QUESTION) & can_go), np.flatnonzero(kinds == ANSWER)
-        num_question = int(np.count_nonzero(kinds == QUESTION))
+        kinds = np.repeat(draft.kinds, lengths)
+        is_text = np.repeat([isinstance(part, str) for part in draft.parts], lengths)
+        num_behind = np.concatenate([np.arange(length)[::-1] for length in lengths])  # in the same part
+        asks, answer = kinds == QUESTION, np.flatnonzero(kinds == ANSWER)
+        free, num_question = np.flatnonzero(asks & is_text & (num_behind >= self.question_tail)), int(asks.sum())
         excess = max(0, num_question - limits.max_src_len)
         if excess > len(free):
             forget = ", or use --truncation head, which forgets the oldest rounds"
@@ -192,12 +184,11 @@ class Template:
             )
         start = {"tail": len(free) - excess, "head": 0, "middle": (len(free) - excess) // 2}[limits.truncation]
         room = max(0, limits.max_len - self.overhead - num_question + excess)
-        stays = np.ones(ends[-1], np.bool_)
-        stays[free[start : start + excess]] = False
-        stays[answer[room:]] = False
+        stays = np.ones(len(kinds), np.bool_)
+        stays[free[start : start + excess]] = stays[answer[room:]] = False
         if len(answer) > room and not limits.end_cut_answers:
             stays[-1] = False
-        ids = [part[stay] for part, stay in zip(ids, np.split(stays, ends[:-1]))]
+        ids = [part[stay] for part, stay in zip(ids, np.split(stays, np.cumsum(lengths)[:-1]))]
         return Rendered(draft, ids, question_cut, len(answer) > room)
 
     def _text(self, tokenizer, messages):
@@ -215,11 +206,9 @@ class Template:
         # max_len 5, text 1 2 3 4 5: [gMASK] sop 1 2 | [gMASK] sop 3 4 | [gMASK] sop 5 </s>
         prefix, begin, text, end = ids
         room = limits.max_len - len(prefix) - len(begin) - len(end) if limits else len(text) or 1
-        starts = range(0, len(text), room)
-        return [
-            Rendered(draft, [prefix, begin, text[start : start + room], end if start == starts[-1] else end[:0]])
-            for start in starts
-        ]
+        pieces = [text[start : start + room] for start in range(0, len(text), room)]
+        ends = [end[:0]] * (len(pieces) - 1) + [end]
+        return [Rendered(draft, [prefix, begin, piece, last]) for piece, last in zip(pieces, ends)]
 
 
 def trained_turns(messages, train_on):
@@ -245,12 +234,9 @@ def remembering(tokenizer, num_threads=1):
     known = {}
 
     def encode(parts):
-        try:
-            return [known[part] for part in parts]
-        except KeyError:
-            new = list({part for part in parts if part not in known})
+        if new := [part for part in {*parts} if part not in known]:
             known.update(zip(new, tokenizer.encode_parts(new, num_threads)))
-            return [known[part] for part in parts]
+        return [known[part] for part in parts]
 
     return encode
 
