@@ -5,7 +5,6 @@ transformers warns about names that do not fit, here they are an error, and ever
 the dtype asked for. Not here: what is computed, see `network`.
 """
 
-import inspect
 from pathlib import Path
 
 import torch
@@ -19,13 +18,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class OriginalConfig(PreTrainedConfig):
-    """A config.json of the original project. `source` keeps it as it was read, so that it can be written back."""
+    """A config.json of the original project. `source` keeps it as it was read, so that it can be written back.
+
+    A subclass lists the fields with their defaults (transformers makes the constructor), and has head_size,
+    num_kv_heads, and max_positions: the longest text the model was made for, in tokens.
+    """
 
     model_type = "chatglm"
     prompt_len = None  # embeddings of a P-Tuning v1 prompt; a field of this project's own
     prefix_embedding_size = None  # of a P-Tuning v2 encoder; None: that of the keys and values
     keys_to_ignore_at_inference = ["past_key_values"]
     required_fields = ()  # fields that a config.json of this architecture has and the other's lacks
+    attribute_map = {"num_hidden_layers": "num_layers"}  # another name of a field
 
     @classmethod
     def from_pretrained(cls, folder):
@@ -42,7 +46,7 @@ class OriginalConfig(PreTrainedConfig):
     @classmethod
     def _check_types(cls, fields, path):
         """Raise UserError for a field whose type is not that of its default, a negative number, an unknown dtype."""
-        defaults = {name: parameter.default for name, parameter in inspect.signature(cls.__init__).parameters.items()}
+        defaults = {name: getattr(cls, name) for name in cls.__annotations__}
         for name, value in fields.items():
             kinds = {bool: bool, int: int, float: (int, float)}.get(type(defaults.get(name)), object)
             if not isinstance(value, kinds) or (kinds not in (bool, object) and value < 0):
