@@ -15,7 +15,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from glm_finetune.models.layers import LanguageModelHead, Segments, attend, rotary_angles, visible
-from glm_finetune.models.network import Network, new_dropout
+from glm_finetune.models.network import Network
 from glm_finetune.models.original import OriginalConfig
 from glm_finetune.models.prefixes import new_prefix
 
@@ -57,7 +57,7 @@ class ChatGLM2Config(OriginalConfig):
 
 
 def new_norm(config):
-    norm = nn.RMSNorm if config.rmsnorm else nn.LayerNorm  # torch computes both in fp32
+    norm = nn.RMSNorm if config.rmsnorm else nn.LayerNorm  # fp32 inside; of x, RMSNorm keeps no fp32 copy
     return norm(config.hidden_size, eps=config.layernorm_epsilon)
 
 
@@ -130,7 +130,7 @@ class GLMBlock(GradientCheckpointingLayer):
         self.self_attention = SelfAttention(config, layer_index)
         self.post_attention_layernorm = new_norm(config)
         self.mlp = MLP(config)
-        self.dropout = new_dropout(config.hidden_dropout)
+        self.dropout = nn.Dropout(config.hidden_dropout) if config.hidden_dropout else nn.Identity()
 
     def forward(self, hidden, mask, cos, sin, prefix=None, cache=None):
         """hidden: (B, T, D) -> (B, T, D). cos, sin: (B, 1, T, E / 4). prefix: (key, value), each (B, K, P, E)."""

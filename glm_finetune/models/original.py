@@ -46,15 +46,14 @@ class OriginalConfig(PreTrainedConfig):
     @classmethod
     def _check_types(cls, fields, path):
         """Raise UserError for a field whose type is not that of its default, a negative number, an unknown dtype."""
-        defaults = {name: getattr(cls, name) for name in cls.__annotations__}
-        for name, value in fields.items():
-            kinds = {bool: bool, int: int, float: (int, float)}.get(type(defaults.get(name)), object)
+        for name in filter(cls.__annotations__.__contains__, fields):
+            value, default = fields[name], getattr(cls, name)
+            kinds = {bool: bool, int: int, float: (int, float)}.get(type(default), object)
             if not isinstance(value, kinds) or (kinds not in (bool, object) and value < 0):
-                raise UserError(f"{path}: {name} is {value!r}, expected something like {defaults[name]!r}.")
-        if fields.get("torch_dtype", "float32") not in DTYPE_NAMES.values():
-            raise UserError(
-                f"{path}: torch_dtype is {fields['torch_dtype']!r}, expected one of {', '.join(DTYPE_NAMES.values())}."
-            )
+                raise UserError(f"{path}: {name} is {value!r}, expected something like {default!r}.")
+        known = DTYPE_NAMES.values()
+        if (dtype := fields.get("torch_dtype", "float32")) not in known:
+            raise UserError(f"{path}: torch_dtype is {dtype!r}, expected one of {', '.join(known)}.")
 
     def to_original(self, **changes):
         """The fields of config.json, as read, with `changes` (None removes a field)."""
@@ -69,31 +68,21 @@ class OriginalModel(PreTrainedModel):
     ignored_in_file = (r"\.inv_freq$",)  # rotary frequencies: the original stores and never reads them
 
     @classmethod
-    def from_pretrained(cls, folder, dtype=None, config=None, device="cpu", may_miss=(), place=None):
+    def from_pretrained(cls, folder, dtype=None, place=None):
         """Load an original checkpoint folder, or one saved by this project.
 
         dtype: torch.float32, bfloat16 or float16 for every weight; default: `torch_dtype` of config.json.
-        config: replaces the folder's own (to set `pre_seq_len`); may_miss: see `weights.fill`.
-        place: where the weights go, instead of whole onto `device` as `dtype`; see `weights.OnDevice`.
+        place: where the weights go, instead of whole onto the CPU as `dtype`; see `weights.OnDevice`.
         Peak memory is the model plus one tensor. Returns the model in eval mode.
         Raises UserError for a folder, file, name or shape that does not fit.
         """
-        config = cls.config_class.from_pretrained(folder) if config is None else config
+        config = cls.config_class.from_pretrained(folder)
         dtype = dtype or getattr(torch, config.source.get("torch_dtype", "float32"))
-        place = place or weights.OnDevice(dtype, device)
+        place = place or weights.OnDevice(dtype, torch.device("cpu"))
         model = place.construct(lambda: cls(config))
-        new = weights.fill(model, folder, place, cls.ignored_in_file, may_miss, model.tied_names())
-        model._initialise_new(new, device)
+        weights.fill(model, folder, place, cls.ignored_in_file, model.tied_names())
         model.tie_weights()
         return model.eval()
-
-    def _initialise_new(self, names, device):
-        """Give parameters that no file had torch's default values in fp32 (a new prefix encoder, as in the
-        original).
-        """
-        for owner in sorted({name.rpartition(".")[0] for name in names}):
-            module = self.get_submodule(owner).to_empty(device=device)
-            module.float().reset_parameters()
 
     def tied_names(self):
         """{alias in the file: parameter}; empty when the head has its own weight."""
@@ -102,16 +91,8 @@ class OriginalModel(PreTrainedModel):
     def get_input_embeddings(self):
         return self.get_submodule(self.input_embeddings_name)
 
-    def set_input_embeddings(self, module):
-        owner, _, attribute = self.input_embeddings_name.rpartition(".")
-        setattr(self.get_submodule(owner), attribute, module)
-
     def get_output_embeddings(self):
         return self.get_submodule(self.output_embeddings_name)
-
-    def set_output_embeddings(self, module):
-        owner, _, attribute = self.output_embeddings_name.rpartition(".")
-        setattr(self.get_submodule(owner) if owner else self, attribute, module)
 
     def stored_buffers(self):
         """{name: tensor} that the original's files contain besides parameters (inverse rotary frequencies)."""

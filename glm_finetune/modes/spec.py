@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from glm_finetune.errors import UserError
 
@@ -59,7 +59,6 @@ class Mode:
     lora_targets: tuple
     released: tuple  # its models, in words
     names: str  # pattern of what its checkpoints are called: `_name_or_path` of config.json, or their folder
-    tiny_config: dict = field(repr=False)
 
     def missing_in(self, fields):
         """Fields of this mode's architecture, which modes may share, that a config.json (a dict) lacks."""
