@@ -104,9 +104,7 @@ def _first(input_ids, token_id):
 
 
 def inverse_frequencies(head_size, device=None):
-    """10000^(-2i / n) of the n = E / 2 dimensions of one position: (E / 4,) fp32, rounded to fp16 as in the
-    original.
-    """
+    """10000^(-2i / n) of one position's n = E / 2 dimensions: (E / 4,) fp32, rounded to fp16 as in the original."""
     size = head_size // 2
     exact = 1.0 / 10000 ** (torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
     return exact.half().float()
@@ -270,8 +268,8 @@ class ChatGLMForConditionalGeneration(Network):
             "logits_to_keep": logits_to_keep or 0,
         }
         if attention_mask is not None or num_new > 1:
-            padding = None if attention_mask is None else attention_mask.long() - 1
-            model_inputs["segment_ids"] = torch.zeros_like(input_ids) if padding is None else padding
+            has_padding = attention_mask is not None
+            model_inputs["segment_ids"] = attention_mask.long() - 1 if has_padding else torch.zeros_like(input_ids)
             model_inputs["is_prefix"] = is_prefix
         return model_inputs
 
@@ -293,9 +291,7 @@ def _mask(attention_mask, segment_ids, is_prefix, embedded, num_past):
 
 def _left_padding(attention_mask):
     """(B,) padding tokens on the left of a (B, S) mask of ones and zeros; None for anything else."""
-    if attention_mask is None or attention_mask.dim() != 2:
-        return None
-    return attention_mask.long().argmax(1)
+    return attention_mask.long().argmax(1) if attention_mask is not None and attention_mask.dim() == 2 else None
 
 
 def continue_positions(positions, length):

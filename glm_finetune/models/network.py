@@ -57,9 +57,7 @@ class Network(OriginalModel, GenerationMixin):
     """
 
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
-    _no_split_modules = ["GLMBlock"]
 
     def begin(self, batch, cache=None):
         """A batch (see data/dataset.py; at least input_ids (B, T) or inputs_embeds (B, T, D)) -> Stream.

@@ -27,7 +27,6 @@ class OriginalConfig(PreTrainedConfig):
     model_type = "chatglm"
     prompt_len = None  # embeddings of a P-Tuning v1 prompt; a field of this project's own
     prefix_embedding_size = None  # of a P-Tuning v2 encoder; None: that of the keys and values
-    keys_to_ignore_at_inference = ["past_key_values"]
     required_fields = ()  # fields that a config.json of this architecture has and the other's lacks
     attribute_map = {"num_hidden_layers": "num_layers"}  # another name of a field
 

@@ -44,9 +44,7 @@ def draft(tokenizer, messages, style, trained):
 
 
 def positions(num_tokens, num_prefix):
-    """(2, T) int64: the place in the prefix, frozen at [gMASK] (its last token) from <sop> on; the place after
-    <sop>.
-    """
+    """(2, T) int64: the place in the prefix, frozen at [gMASK], its last token, from <sop> on; that after <sop>."""
     index = torch.arange(num_tokens)
     return torch.stack((index.clamp_max(num_prefix - 1), (index - num_prefix + 1).clamp_min(0)))
 

@@ -69,13 +69,8 @@ class Mode:
         match = re.search(self.names, text, re.IGNORECASE)
         return match and match.start()
 
-    @property
-    def render(self):
-        return self.template.render
-
-    @property
-    def samples(self):
-        return self.template.samples
+    render = property(lambda self: self.template.render)
+    samples = property(lambda self: self.template.samples)
 
 
 def split_turns(messages):
