@@ -80,17 +80,4 @@ GLM = Mode(
     lora_targets=("query_key_value",),
     released=("ChatGLM-6B",),
     names=r"chatglm-6b",
-    tiny_config=dict(
-        hidden_size=32,
-        inner_hidden_size=64,
-        num_layers=2,
-        num_attention_heads=2,
-        layernorm_epsilon=1e-5,
-        max_sequence_length=256,
-        position_encoding_2d=True,
-        model_type="chatglm",
-        use_cache=True,
-        torch_dtype="float32",
-        architectures=["ChatGLMModel"],
-    ),
 )

@@ -10,7 +10,7 @@ import json
 
 from glm_finetune.errors import UserError
 from glm_finetune.models.glm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration
-from glm_finetune.modes.glm2 import TINY_CONFIG, positions
+from glm_finetune.modes.glm2 import positions
 from glm_finetune.modes.spec import Mode
 from glm_finetune.modes.template import ANSWER, FIXED, QUESTION, Draft, Template
 from glm_finetune.modes.tokenizer import ChatGLM3Tokenizer
@@ -128,5 +128,4 @@ GLM3 = Mode(
     lora_targets=("query_key_value",),
     released=("ChatGLM3-6B",),
     names=r"chatglm3",
-    tiny_config=TINY_CONFIG,
 )
