@@ -52,17 +52,14 @@ class OptimizationFlags(Flags):
         yield from super().problems()
         if self.warmup_steps is not None and "warmup_ratio" in self.given:
             yield "--warmup_steps and --warmup_ratio both say how long the warm-up is: give one of them."
-        if self.max_steps:
-            yield from long_warmup(self.warmup_steps, self.max_steps)
+        yield from long_warmup(self.warmup_steps, self.max_steps)
 
 
 def long_warmup(warmup_steps, total):
     """Yield a problem for a warm-up that the run does not see the end of."""
-    if (warmup_steps or 0) > total:
-        yield (
-            f"--warmup_steps {warmup_steps}: the run has {total} steps and would end before the learning rate has "
-            "risen to its peak. Lower it, or leave it out."
-        )
+    if warmup_steps and total and warmup_steps > total:
+        early = f"the run has {total} steps and would end before the learning rate has risen to its peak"
+        yield f"--warmup_steps {warmup_steps}: {early}. Lower it, or leave it out."
 
 
 @dataclass(kw_only=True)
