@@ -79,7 +79,7 @@ def save(run):
     """Evaluate where there is data for it, then write a checkpoint. All ranks must call."""
     if (eval_loss := None if run.eval_rows is None else evaluate(run)) is not None:
         run.tracker.log(run.progress.step, eval_loss=eval_loss)
-    run.tracker.say(f"saved {run.saver.save(run.progress, run.state(), eval_loss)}")
+    run.save(eval_loss)
 
 
 @torch.no_grad()

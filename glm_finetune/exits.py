@@ -41,9 +41,7 @@ KILLED = (
 def exit_with_message(main):
     """Run a script's main(), which may return an exit code; a UserError becomes a message and exit code 2.
 
-    Where rank 0 says the same, only it speaks. Any other error keeps its traceback, exit code 1. A rank that only lost
-    the others says so, and one of these repeats the words of the rank that failed, so that they come last. With
-    GLM_FINETUNE_TRACEBACK=1 in the environment there is always a traceback.
+    Any other error keeps its traceback, exit code 1; all do with GLM_FINETUNE_TRACEBACK=1 in the environment.
     """
     try:
         code = main()
@@ -52,28 +50,32 @@ def exit_with_message(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
         _leave(1)
     except Exception as error:  # nothing is swallowed: it is printed, kept for the other ranks, and ends the process
-        if isinstance(error, UserError) or getattr(error, "errno", None) in OF_THE_DISK:
-            if os.environ.get("GLM_FINETUNE_TRACEBACK"):
-                traceback.print_exc()
-            for bar in list(getattr(tqdm, "_instances", ())):  # the words begin on a line of their own
-                bar.close()
-            _say(str(error))
-            _leave(2)
-        if dist.world_size() == 1:
-            raise
-        if isinstance(error, RuntimeError) and re.search(LOST, str(error), re.IGNORECASE):
-            _say_lost(error)
-        else:
-            traceback.print_exc()
-            _remember(traceback.format_exc().strip())
-        _leave(1)
+        _end_with(error)
     if code:
         _finish_undisturbed()
         sys.exit(code)
 
 
+def _end_with(error):
+    if isinstance(error, UserError) or getattr(error, "errno", None) in OF_THE_DISK:
+        if os.environ.get("GLM_FINETUNE_TRACEBACK"):
+            traceback.print_exc()
+        for bar in list(getattr(tqdm, "_instances", ())):  # the words begin on a line of their own
+            bar.close()
+        _say(str(error))
+        _leave(2)
+    if dist.world_size() == 1:
+        raise error
+    if isinstance(error, RuntimeError) and re.search(LOST, str(error), re.IGNORECASE):
+        _say_lost(error)
+    else:
+        traceback.print_exc()
+        _remember(traceback.format_exc().strip())
+    _leave(1)
+
+
 def share_words():
-    """Open a file in which the ranks of a machine leave their last words for one another. All ranks must call.
+    """Open a file in which the ranks of a machine leave their last words. All ranks must call.
 
     It has no name once all have opened it, so that nothing is left of it however they end.
     """

@@ -24,6 +24,11 @@ PACKAGES = ("torch", "transformers", "peft", "deepspeed", "sentencepiece")
 # The data flags, all of which shape a run's samples, with what was done in checkpoints from before a flag was there.
 SAMPLES = {item.name: item.default for item in dataclasses.fields(DataFlags)}
 SAMPLES |= {"end_cut_answers": True, "objective": "instruct"}
+ORDER = (
+    "group_by_length",
+    "streaming",
+    "shuffle_buffer",
+)  # flags that decide the order of the data, where they are set
 
 
 @dataclass(frozen=True)
@@ -51,10 +56,8 @@ def train_record(config, train_type, tokenizer, world_size):
             "training data": fingerprint(config.train_path, config.cache_dir or default_cache_dir())[:16],
             "tokenizer": describe(tokenizer.folder / tokenizer.model_file)["sha256"][:16],
             "base": describe(Path(config.model_name_or_path) / "config.json")["sha256"][:16],
-            **{name: getattr(config, name) for name in SAMPLES},
-            "seed": config.seed,
-            **{name: getattr(config, name) for name in train_type.identity},
-            **order_flags(config),
+            **{name: getattr(config, name) for name in (*SAMPLES, "seed", *train_type.identity)},
+            **{name: getattr(config, name) for name in ORDER if getattr(config, name)},
         },
         "flags": dataclasses.asdict(config),
         "given": sorted(config.given),
@@ -70,12 +73,6 @@ def merged_record(adapter, mode, base, prompt):
 
 def _base(folder):
     return {"base": str(folder), "base_absolute": os.path.abspath(folder)}
-
-
-def order_flags(config):
-    """{flag: value} of those that are set and decide the order of the data."""
-    names = ("group_by_length", "streaming", "shuffle_buffer")
-    return {name: getattr(config, name) for name in names if getattr(config, name)}
 
 
 def describe(path):

@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Thread
 
 from glm_finetune import dist
-from glm_finetune.errors import UserError
+from glm_finetune.errors import NotWritten, UserError
 from glm_finetune.record import describe, write_record
 from glm_finetune.run import state
 from glm_finetune.run.engine import is_partitioned, whole
@@ -54,45 +54,43 @@ class Saver:
         epoch = max(1, progress.epoch + (progress.rows > 0))  # of the last row
         target = Path(self.config.output_dir) / f"epoch-{epoch}-step-{progress.step}"
         self.wait()
-        there = dist.from_main(self._there(progress.step) if dist.is_main() else None)
-        if there:
+        if there := dist.from_main(self._there(progress.step) if dist.is_main() else None):
             return there
-        is_number = eval_loss is not None and math.isfinite(eval_loss)
-        if is_number and (self.best is None or eval_loss < self.best["eval_loss"]):
-            self.best = {"step": progress.step, "eval_loss": eval_loss, "checkpoint": target.name}
-        record = {**self.record, "epoch": epoch, "step": progress.step}
+        if eval_loss is not None:
+            self._compare(progress.step, eval_loss, target.name)
         tensors, randoms, numbers = run_state
-        numbers = {**numbers, "best": self.best}
-        later = self.config.async_save
-        weights = gathered(self.engine.module, self.train_type.saves != "weights", to_keep=later and dist.is_main())
-        if dist.is_main() and later:
-            parts = (target, list(weights), list(tensors), randoms, numbers, record)
+        known = randoms, {**numbers, "best": self.best}, {**self.record, "epoch": epoch, "step": progress.step}
+        later = self.config.async_save and dist.is_main()
+        weights = gathered(self.engine.module, self.train_type.saves != "weights", to_keep=later)
+        if later:
+            parts = (target, list(weights), list(tensors), *known)
             self.thread = Thread(target=self._write_in_background, args=parts)
             self.thread.start()
         elif dist.is_main():
-            self._write(target, weights, tensors, randoms, numbers, record)
+            self._write(target, weights, tensors, *known)
         for _ in chain(weights, tensors):  # ranks that do not write take part in the gathering all the same
             pass
-        if not later:
+        if not self.config.async_save:
             self.wait()
         return target
+
+    def _compare(self, step, eval_loss, name):
+        if math.isfinite(eval_loss) and (self.best is None or eval_loss < self.best["eval_loss"]):
+            self.best = {"step": step, "eval_loss": eval_loss, "checkpoint": name}
 
     def wait(self):
         """Until what is being written in the background is complete. Raises NotWritten on every rank if it failed."""
         if self.thread:
             self.thread.join()
-            self.thread = None
         problem, self.problem = self.problem, None
-        if isinstance(problem, Exception):
+        if problem and not isinstance(problem, NotWritten):
             raise problem
         dist.all_agree(problem)
 
     def _there(self, step):
         """The checkpoint of a step, or None: one that this run has written or went on from. Others are not whole."""
-        for folder in checkpoints(self.config.output_dir):
-            if step_of(folder) == step and (folder == self.newest or damage(folder) is None):
-                return folder
-        return None
+        found = [folder for folder in checkpoints(self.config.output_dir) if step_of(folder) == step]
+        return next((folder for folder in found if folder == self.newest or damage(folder) is None), None)
 
     def _write_in_background(self, *parts):
         try:
@@ -119,7 +117,7 @@ class Saver:
                 forget_old(target, self.config.save_total_limit, numbers["best"])
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            self.problem = f"saving {target} failed: {error}. Earlier checkpoints are untouched."
+            self.problem = NotWritten(f"saving {target} failed: {error}. Earlier checkpoints are untouched.")
 
 
 def forget_old(newest, limit, best):
@@ -137,11 +135,9 @@ def forget_old(newest, limit, best):
 
 def _missing_bytes(folder):
     """Whether a file of a checkpoint is missing or of another size; a look at the names only, fast."""
-    if not (folder / MANIFEST).is_file():
-        return True
     try:
         sizes = [(folder / name, entry["bytes"]) for name, entry in _manifest(folder).items()]
-    except UserError:
+    except (UserError, OSError):
         return True
     return any(not path.is_file() or path.stat().st_size != size for path, size in sizes)
 

@@ -32,10 +32,10 @@ def start(device):
         # The shared-memory all-reduce serves inference only, is compiled at first use, and leaves 69 MB for each rank
         # and launch in /dev/shm for good.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed("gloo", timeout=datetime.timedelta(minutes=30), verbose=False)
     else:
         torch.cuda.set_device(device)
-        deepspeed.init_distributed("nccl", timeout=datetime.timedelta(minutes=30), verbose=False)
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    deepspeed.init_distributed(backend, timeout=datetime.timedelta(minutes=30), verbose=False)
 
 
 def check(ds_config):
@@ -49,16 +49,15 @@ def check(ds_config):
     try:
         DeepSpeedConfig(copy.deepcopy(ds_config))
     except ValidationError as error:
-        raise UserError(
-            "\n".join(
-                f"ds_file: {'.'.join(map(str, problem['loc']))}: {problem['msg']} ({error.title})."
-                for problem in error.errors()
-            )
-        ) from None
-    zero = ds_config["zero_optimization"]
-    for section in (zero.get(name, {}) for name in ("offload_optimizer", "offload_param")):
-        if section.get("device") == "nvme":
+        raise UserError("\n".join(_told(error))) from None
+    for name in ("offload_optimizer", "offload_param"):
+        if (section := ds_config["zero_optimization"].get(name, {})).get("device") == "nvme":
             _check_nvme(section.get("nvme_path"))
+
+
+def _told(error):
+    for problem in error.errors():
+        yield f"ds_file: {'.'.join(map(str, problem['loc']))}: {problem['msg']} ({error.title})."
 
 
 def _check_nvme(folder):
@@ -134,7 +133,7 @@ def new_engine(model, ds_config, weight_decay, loraplus_ratio=None):
     import deepspeed
 
     groups = parameter_groups(model, weight_decay, loraplus_ratio)
-    engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
     if engine.fp16_enabled() and engine.optimizer.loss_scaler.dynamic:
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # the guard says what happened, or skips
     return engine

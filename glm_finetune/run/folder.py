@@ -1,6 +1,6 @@
 """The output folder of a run: held by one run at a time, and nothing deleted in it but what carries a run's marks.
 
-    hold = lock(output_dir)                    # all ranks must call; before a checkpoint in it is chosen
+    hold = lock(output_dir)                    # rank 0; before a checkpoint in it is chosen
     clear(output_dir)                          # all ranks must call; a run that begins anew
 
 Marks: a checkpoint epoch-E-step-S has a manifest or train_config.json; metrics.jsonl, latest, best, runs and
@@ -13,7 +13,7 @@ import re
 import shutil
 import socket
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from glm_finetune import dist
@@ -36,6 +36,11 @@ def check_output_dir(output_dir, overwrite, inputs=()):
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {output_dir} is a file.")
     results = sorted(filter(_is_result, path.glob("*")))
+    if results or _holder(path) and not was_run(path):
+        _check_results(path, results, output_dir, overwrite, inputs)
+
+
+def _check_results(path, results, output_dir, overwrite, inputs):
     foreign = [result.name for result in results if not is_marked(result)]
     if foreign or _holder(path) and not was_run(path):
         raise UserError(
@@ -71,23 +76,26 @@ def was_run(folder):
 
 def _holder(folder):
     """What .lock says of who has it or had it; nothing for the blink in which a first run makes it."""
-    try:
+    with suppress(OSError):
         return (folder / ".lock").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+    return ""
 
 
 def clear(output_dir):
     """Delete the results of runs, on rank 0, which holds the lock. All ranks must call."""
     for path in filter(_is_result, Path(output_dir).glob("*")) if dist.is_main() else ():
-        if path.name == "runs":
-            for events in path.glob("events.out.tfevents.*"):
-                events.unlink()
-            with suppress(OSError):  # somebody keeps something of his own in it
-                path.rmdir()
-        elif is_marked(path):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _delete(path)
     dist.barrier()
+
+
+def _delete(path):
+    if path.name == "runs":
+        for events in path.glob("events.out.tfevents.*"):
+            events.unlink()
+        with suppress(OSError):  # somebody keeps something of his own in it
+            path.rmdir()
+    elif is_marked(path):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 class Hold:
@@ -120,29 +128,23 @@ class Hold:
 
 
 def lock(output_dir, overwrite=True, inputs=()):
-    """Hold output_dir for this run; returns rank 0's Hold. overwrite, inputs: as `check_output_dir`'s.
+    """Hold output_dir for this run, on rank 0; returns a Hold. overwrite, inputs: as `check_output_dir`'s.
 
-    Removes what a killed run was still writing or deleting. Raises UserError on every rank if another run holds it. All
-    ranks must call.
+    Removes what a killed run was still writing or deleting. Raises UserError if another run holds it.
     """
-    hold, problem = None, None
-    if dist.is_main():
-        try:
-            check_output_dir(output_dir, overwrite, inputs)
+    check_output_dir(output_dir, overwrite, inputs)
+    try:
+        with ExitStack() as refused:
             hold = _take(Path(output_dir))
+            refused.callback(hold.give_back)
             check_output_dir(output_dir, overwrite, inputs)  # the run that had it may have left something
             for path in Path(output_dir).glob(TEMPORARY + "*"):
                 if re.fullmatch(TEMPORARY + CHECKPOINT, path.name):  # not what merge_lora.py may be writing
                     shutil.rmtree(path)
-        except UserError as error:
-            problem = str(error)
-        except OSError as error:  # a file system without locks, for one
-            problem = f"--output_dir {output_dir}: cannot be written to or locked ({error}). Choose another folder."
-        if problem and hold:
-            hold.give_back()
-    problem = dist.from_main(problem)
-    if problem:
-        raise UserError(problem)
+            refused.pop_all()
+    except OSError as error:  # a file system without locks, for one
+        text = f"--output_dir {output_dir}: cannot be written to or locked ({error}). Choose another folder."
+        raise UserError(text) from None
     return hold
 
 
@@ -150,7 +152,11 @@ def _take(folder):
     try:
         return Hold(folder)
     except BlockingIOError:
-        time.sleep(TAKING_SECS)
+        return _take_late(folder)
+
+
+def _take_late(folder):
+    time.sleep(TAKING_SECS)
     try:
         return Hold(folder)  # it has given it back
     except BlockingIOError:

@@ -37,8 +37,10 @@ class Guard:
 
     def check_targets(self, step, num_targets, slots):
         """Raise NotFinite if no sample of a step has a target. slots: this rank's micro-batches of rows."""
-        if num_targets:
-            return
+        if not num_targets:
+            self._refuse_step(step, slots)
+
+    def _refuse_step(self, step, slots):
         places = [place for part in dist.gather_objects([self._places(slot) for slot in slots]) for place in part]
         raise NotFinite(
             f"step {step}: no sample of this step has a target to learn from ({'; '.join(filter(None, places))}): "
@@ -54,23 +56,25 @@ class Guard:
         applied, could_scale_down = self.engine.was_step_applied(), self.scale > self.smallest_scale
         self.scale, _ = loss_scales(self.engine)
         if math.isfinite(loss) and applied:
-            self._watch_still(step, loss)
-            return True
-        if math.isfinite(loss) and could_scale_down:  # fp16's loss scaler is looking for the scale that fits
+            self.still = self.still + 1 if loss in (0.0, self.last_loss) else 0
+            self.last_loss = loss
+            if self.still >= MAX_STILL:
+                self._tell_still(step, loss)
+        elif math.isfinite(loss) and could_scale_down:  # fp16's loss scaler is looking for the scale that fits
             self.skipped += 1
-            return True
+        else:
+            self._tell_not_finite(step, loss, losses, slots, applied)
+            return False
+        return True
+
+    def _tell_not_finite(self, step, loss, losses, slots, applied):
         text = self._explain(step, loss, losses, slots, applied)
         self.nonfinite += 1
         if self.config.on_nonfinite == "stop" or self.nonfinite > self.config.max_nonfinite:
             raise NotFinite(text)
         dist.print_main(f"skipped, {self.nonfinite} of at most {self.config.max_nonfinite}: {text}")
-        return False
 
-    def _watch_still(self, step, loss):
-        self.still = self.still + 1 if loss in (0.0, self.last_loss) else 0
-        self.last_loss = loss
-        if self.still < MAX_STILL:
-            return
+    def _tell_still(self, step, loss):
         text = (
             f"step {step}: the loss has been {loss} for {MAX_STILL} steps. Nothing is learnt: the samples are all the "
             "same, the answers are a single token, --learning_rate is too small for this precision, or the model "

@@ -18,11 +18,15 @@ def memory_advice(config, zero, quantized):
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and not is_out_of_memory(error):
-            raise
-        tips = "".join(f"\n  {i}. {tip}" for i, tip in enumerate(_tips(config, zero, quantized), 1))
-        reason = str(error).strip().splitlines()[0][:300]
-        raise OutOfMemory(f"out of memory on rank {dist.rank()} ({reason}). What would help, in order:{tips}") from None
+        if isinstance(error, torch.OutOfMemoryError) or is_out_of_memory(error):
+            raise _out_of_memory(error, _tips(config, zero, quantized)) from None
+        raise
+
+
+def _out_of_memory(error, tips):
+    tips = "".join(f"\n  {i}. {tip}" for i, tip in enumerate(tips, 1))
+    reason = str(error).strip().splitlines()[0][:300]
+    return OutOfMemory(f"out of memory on rank {dist.rank()} ({reason}). What would help, in order:{tips}")
 
 
 def _tips(config, zero, quantized):

@@ -1,6 +1,6 @@
 """Which checkpoint a run goes on from: the newest whole one, or the one that was named; and whether it is its own.
 
-folder = choose_resume(config, record)      # all ranks must call; None: begin anew
+folder = choose_resume(config, record)      # with --resume; all ranks must call; None: begin anew
 """
 
 from pathlib import Path
@@ -33,25 +33,11 @@ def find_resume(resume, output_dir):
 
 
 def choose_resume(config, record):
-    """The folder to go on from, or None; rank 0 looks. All ranks must call.
+    """The folder that --resume goes on from, or None; rank 0 looks. All ranks must call.
 
     Raises UserError on every rank if --resume names nothing to go on from, or another run.
     """
-    if not config.resume:
-        return None
-    folder, problem = None, None
-    if dist.is_main():
-        try:
-            folder = find_resume(config.resume, config.output_dir)
-            if folder:
-                check_same_run(folder, record, config.force)
-                _check_steps(folder, config.max_steps)
-            _check_others(folder, config)
-        except UserError as error:
-            problem = str(error)
-    folder, problem = dist.from_main((folder, problem))
-    if problem:
-        raise UserError(problem)
+    folder = dist.from_main(dist.on_main(_choose, config, record))
     there = dist.gather_objects(folder is None or (folder / state.FOLDER / "progress.json").is_file())
     if not all(there):
         raise UserError(
@@ -61,15 +47,28 @@ def choose_resume(config, record):
     return folder
 
 
+def _choose(config, record):
+    folder = find_resume(config.resume, config.output_dir)
+    if folder:
+        check_same_run(folder, record, config.force)
+        done = read_record(folder)["step"]
+        if config.max_steps and config.max_steps < done:
+            text = f"--max_steps {config.max_steps}: {folder} has {done} steps behind it already."
+            raise UserError(f"{text} Raise it, or leave out.")
+    _check_others(folder, config)
+    return folder
+
+
 def _unfit(folder):
+    """What keeps a whole checkpoint from being gone on from, or None."""
     if not (folder / state.FOLDER / "progress.json").is_file():
         return f"{folder}: has no {state.FOLDER}/ to go on from; give a folder epoch-E-step-S of a run."
     version = read_record(folder).get("format_version", 0)
     if not isinstance(version, int):
         return f"{folder}: train_config.json has no format_version, it is not of this project."
-    return (
-        f"{folder}: format {version}, this version reads up to {FORMAT_VERSION}." if version > FORMAT_VERSION else None
-    )
+    if version > FORMAT_VERSION:
+        return f"{folder}: format {version}, this version reads up to {FORMAT_VERSION}."
+    return None
 
 
 def check_same_run(folder, record, force):
@@ -86,14 +85,6 @@ def check_same_run(folder, record, force):
     if different:
         hint = "" if force else " Where that is meant, add --force (not for mode and train type)."
         raise UserError(f"--resume {folder} is of another run: {'; '.join(different)}.{hint}")
-
-
-def _check_steps(folder, max_steps):
-    done = read_record(folder)["step"]
-    if max_steps and max_steps < done:
-        raise UserError(
-            f"--max_steps {max_steps}: {folder} has {done} steps behind it already. Raise it, or leave out."
-        )
 
 
 def _check_others(folder, config):

@@ -12,29 +12,17 @@ from pathlib import Path
 
 import torch
 
-from glm_finetune import dist
+from glm_finetune import dist, weights
 from glm_finetune.data.sampler import Progress
 from glm_finetune.errors import UserError
 from glm_finetune.run.engine import whole
-from glm_finetune.weights import (
-    iter_file,
-    read_json,
-    read_tensor,
-    tensor_files,
-    write_json,
-    write_sharded,
-    write_tensors,
-)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FOLDER = "state"  # inside a checkpoint
 
 
 def of(engine, progress):
-    """(tensors, random numbers, numbers) of a run that stands at `progress`, as `write` takes them.
-
-    All ranks must call, and exhaust the tensors.
-    """
+    """(tensors, random numbers, numbers) as `write` takes them. All ranks must call, and exhaust the tensors."""
     return tensors_of(engine), random_states(engine.device), numbers_of(engine, progress)
 
 
@@ -44,14 +32,10 @@ def learning(model):
 
 
 def tensors_of(engine):
-    """Yield (key, fp32 tensor on the CPU): master and moments of each parameter that learns, one at a time.
-
-    All ranks must call and exhaust it.
-    """
+    """Yield (key, fp32 tensor on the CPU): master and moments of what learns. All ranks must call and exhaust it."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    has_moments = num_updates(engine) > 0
-    if has_moments:
+    if has_moments := num_updates(engine) > 0:
         _link_moments(engine)
     for name, parameter in learning(engine.module):
         master = safe_get_full_fp32_param(parameter).cpu()
@@ -68,15 +52,13 @@ def num_updates(engine):
 
 
 def _link_moments(engine):
-    """Let DeepSpeed find the moments of every parameter group at stages 1 and 2.
-
-    It links them itself, but after the first group's first step, when the other groups have none yet.
-    """
+    """Let DeepSpeed find all moments at stages 1 and 2: it looks after the first group's first step, when the other
+    groups have none yet."""
     from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
     if engine.zero_optimization_stage() < 3:
-        zero = engine.optimizer
-        for parameters, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups):
+        groups = zip(engine.optimizer.bit16_groups, engine.optimizer.single_partition_of_fp32_groups)
+        for parameters, flat in groups:
             lazy_init_hp_params_optimizer_state(parameters, flat, engine.basic_optimizer.state)
 
 
@@ -98,22 +80,21 @@ def numbers_of(engine, progress):
 
 
 def write(folder, tensors, randoms, numbers):
-    """Write the state of a run to `folder`, on rank 0. `tensors_of`, `random_states` and `numbers_of` give it."""
-    folder = Path(folder)
+    """Write what `of` gave to `folder`, on rank 0."""
     folder.mkdir()
-    write_sharded(tensors, folder)
-    write_tensors(randoms, folder / "random.safetensors")
-    write_json(numbers, folder / "progress.json")
+    weights.write_sharded(tensors, folder)
+    weights.write_tensors(randoms, folder / "random.safetensors")
+    weights.write_json(numbers, folder / "progress.json")
 
 
 def restore(engine, folder, batch, seed, device):
-    """Put the state in `folder` back; returns its Progress and what `numbers_of` wrote. All ranks must call.
+    """Put the state in a checkpoint back. All ranks must call.
 
     batch: one without targets, on `device`; a step on it with learning rate 0 makes every stage create its moments.
     Raises UserError if the parameters that learn are not those of the state.
     """
-    record = read_json(Path(folder) / "progress.json")
-    files = tensor_files(folder)
+    folder = Path(folder) / FOLDER
+    record, files = weights.read_json(folder / "progress.json"), weights.tensor_files(folder)
     names = {name for name, _ in learning(engine.module)}
     different = names ^ {key.partition(".")[2] for key in files}
     if different:
@@ -122,20 +103,19 @@ def restore(engine, folder, batch, seed, device):
     _link_moments(engine)
     for name, parameter in learning(engine.module):
         keys = [f"{key}.{name}" for key in ("master", *MOMENTS)]  # of one parameter at a time: each rank reads them
-        _set(engine, parameter, [read_tensor(files[key], key).to(device) for key in keys])
+        _set(engine, parameter, [weights.read_tensor(files[key], key).to(device) for key in keys])
     for state in engine.basic_optimizer.state.values():
         if "step" in state:
             state["step"].fill_(record["updates"])
     if engine.fp16_enabled():
         vars(engine.optimizer.loss_scaler).update(record.get("loss_scaler", {}))
-    _restore_random(Path(folder) / "random.safetensors", record, seed, device)
-    return progress_in(folder), record
+    _restore_random(folder / "random.safetensors", record, seed, device)
 
 
 def progress_in(folder):
-    """Where the run whose state is in `folder` stood."""
-    record = read_json(Path(folder) / "progress.json")
-    return Progress(record["step"], record["epoch"], record["rows"])
+    """Where the run of a checkpoint stood, and its best one so far, see `Saver.best`."""
+    record = weights.read_json(Path(folder) / FOLDER / "progress.json")
+    return Progress(record["step"], record["epoch"], record["rows"]), record.get("best")
 
 
 def _create_moments(engine, batch):
@@ -160,7 +140,7 @@ def _set(engine, parameter, values):
 
 def _restore_random(path, record, seed, device):
     """This rank's random numbers go on where they were; with other ranks or another kind of device they begin anew."""
-    states = dict(iter_file(path))
+    states = dict(weights.iter_file(path))
     if record["world_size"] != dist.world_size() or f"{device.type}.{dist.rank()}" not in states:
         dist.seed_all(seed + dist.rank() + 1000 * record["step"])
         return

@@ -21,7 +21,7 @@ ends; pressed again after that it ends at once.
 import os
 import signal
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 RESUME_ME = 75  # exit code of a run that saved and stopped when it was asked to (EX_TEMPFAIL of sysexits.h)
@@ -52,20 +52,17 @@ class StopRequest:
 def _launchers():
     """Process numbers of DeepSpeed's launcher and of what started it; () when this is not one of its ranks."""
     parent = Path(f"/proc/{os.getppid()}")
-    try:
-        if b"deepspeed.launcher.launch" not in (parent / "cmdline").read_bytes():
-            return ()
-        return os.getppid(), int((parent / "stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return ()
+    with suppress(OSError):
+        if b"deepspeed.launcher.launch" in (parent / "cmdline").read_bytes():
+            return os.getppid(), int((parent / "stat").read_text().rpartition(")")[2].split()[1])
+    return ()
 
 
 @contextmanager
 def stop_request():
     """A StopRequest that notes Ctrl-C, SIGTERM and SIGUSR1 (what schedulers send before they take a machine away)."""
     request = StopRequest()
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    before = {number: signal.signal(number, request.note) for number in numbers}
+    before = {n: signal.signal(n, request.note) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
         yield request
     finally:
