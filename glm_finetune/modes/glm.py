@@ -60,18 +60,17 @@ def clean_response(text, history=None):
     return text, history
 
 
-TEMPLATE = Template(
-    draft,
-    question_tail=3,  # the tokens of "答：" that the original keeps
-    overhead=3,  # [gMASK] <sop> <eop>
-    text_prefix=1,
-)
 GLM = Mode(
     name="glm",
     config=ChatGLMConfig,
     model=ChatGLMForConditionalGeneration,
     tokenizer=ChatGLMTokenizer,
-    template=TEMPLATE,
+    template=Template(
+        draft,
+        question_tail=3,  # 答 ： and what they are worth in tokens in the original
+        overhead=3,  # [gMASK] <sop> <eop>
+        text_prefix=1,
+    ),
     positions=positions,
     clean_response=clean_response,
     finish_turn=partial(finish_pair, clean_response),

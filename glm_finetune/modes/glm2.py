@@ -41,17 +41,16 @@ def clean_response(text, history=None):
     return text.strip().replace("[[训练时间]]", "2023年"), history
 
 
-TEMPLATE = Template(
-    draft,
-    question_tail=4,  # the tokens of "\n\n答：" that the original keeps
-    overhead=3,  # [gMASK] sop </s>
-)
 GLM2 = Mode(
     name="glm2",
     config=ChatGLM2Config,
     model=ChatGLM2ForConditionalGeneration,
     tokenizer=ChatGLM2Tokenizer,
-    template=TEMPLATE,
+    template=Template(
+        draft,
+        question_tail=4,  # the tokens of "\n\n答：" that the original keeps
+        overhead=3,  # [gMASK] sop </s>
+    ),
     positions=positions,
     clean_response=clean_response,
     finish_turn=partial(finish_pair, clean_response),

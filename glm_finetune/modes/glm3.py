@@ -108,18 +108,17 @@ def stop_token_ids(tokenizer):
     return [tokenizer.eos_token_id, tokenizer.get_command("<|user|>"), tokenizer.get_command("<|observation|>")]
 
 
-TEMPLATE = Template(
-    draft,
-    question_tail=0,  # the original cuts a long question at its end
-    overhead=6,  # of the original's arithmetic: [gMASK] sop </s>, and three tokens that stay unused
-    joins_answers=True,
-)
 GLM3 = Mode(
     name="glm3",
     config=ChatGLM2Config,
     model=ChatGLM2ForConditionalGeneration,
     tokenizer=ChatGLM3Tokenizer,
-    template=TEMPLATE,
+    template=Template(
+        draft,
+        question_tail=0,  # the original cuts a long question at its end
+        overhead=6,  # of the original's arithmetic: [gMASK] sop </s>, and three tokens that stay unused
+        joins_answers=True,
+    ),
     positions=positions,
     clean_response=clean_response,
     finish_turn=finish_turn,

@@ -146,20 +146,14 @@ class Tokenizer:
         """
         single = isinstance(texts, str)
         rows = [self.encode(t, max_length=max_length, truncation=truncation) for t in ([texts] if single else texts)]
-        width = self._width(rows, padding, max_length, pad_to_multiple_of)
+        width = None if not padding else max_length if padding == "max_length" else max(map(len, rows))
+        if width and pad_to_multiple_of:
+            width += -width % pad_to_multiple_of
         batch = self.pad(rows, width, padding_side or self.padding_side)
         if return_tensors == "pt":
             return {name: torch.stack([torch.as_tensor(v) for v in values]) for name, values in batch.items()}
         values = {name: [torch.as_tensor(v).tolist() for v in rows] for name, rows in batch.items()}
         return {name: rows[0] for name, rows in values.items()} if single else values
-
-    @staticmethod
-    def _width(rows, padding, max_length, multiple):
-        """Length to pad to, or None for no padding."""
-        if not padding:
-            return None
-        width = max_length if padding == "max_length" else max(map(len, rows))
-        return width + -width % multiple if multiple else width
 
 
 class ChatGLMTokenizer(Tokenizer):
