@@ -61,17 +61,12 @@ def train(run):
 def log(run, lr, meter):
     """One line of numbers. All ranks must call."""
     loss, tokens_per_s = meter.read()
-    counts = {"skipped_fp16": run.guard.skipped, "skipped_nonfinite": run.guard.nonfinite}
-    run.tracker.log(
-        run.progress.step,
-        epoch=run.progress.epoch + run.progress.rows / len(run.rows),
-        loss=loss,
-        lr=lr,
-        grad_norm=float(run.engine.get_global_grad_norm() or 0.0),  # inf where fp16 overflowed
-        tokens_per_s=tokens_per_s,
-        peak_gib=peak_gib(run.device),
-        **{name: count for name, count in counts.items() if count},
-    )
+    epoch = run.progress.epoch + run.progress.rows / len(run.rows)
+    grad_norm = float(run.engine.get_global_grad_norm() or 0.0)  # inf where fp16 overflowed
+    numbers = dict(epoch=epoch, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=tokens_per_s)
+    skipped = {"skipped_fp16": run.guard.skipped, "skipped_nonfinite": run.guard.nonfinite}
+    skipped = {name: count for name, count in skipped.items() if count}
+    run.tracker.log(run.progress.step, **numbers, peak_gib=peak_gib(run.device), **skipped)
     meter.start()
 
 

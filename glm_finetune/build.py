@@ -4,7 +4,6 @@ folder = find_model_folder("output/epoch-1-step-100")        # what it is, and w
 tokenizer, model = load_model_folder(folder, "bf16", device)
 """
 
-import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 from glm_finetune.errors import UserError, raise_together, unknown_choice
 from glm_finetune.models.original import DTYPES
 from glm_finetune.modes import MODE, mode_of, refuse_architecture, refuse_others
-from glm_finetune.record import Prompt, lacks_prompt, prompt_of, read_record
+from glm_finetune.record import Prompt, prompt_of, read_record
 from glm_finetune.tuning.adapter import load_adapter
 from glm_finetune.tuning.ptuning import is_prefix_folder, load_prefix
 from glm_finetune.weights import OnDevice, read_json, weight_files
@@ -25,8 +24,8 @@ def check_base(mode, folder, max_len=0):
     """
     config = config_of(mode, folder)
     weight_files(folder)
-    for problem in _unsupported(config.source):
-        raise UserError(f"{folder}: {problem}")
+    if config.source.get("quantization_bit") or config.source.get("rope_ratio", 1) != 1:
+        _refuse_variant(folder, config.source)
     refuse_others(mode, folder, config.source)
     if max_len > config.max_positions:
         raise UserError(f"--max_len {max_len}: {folder} was made for {config.max_positions} tokens (its config.json).")
@@ -36,13 +35,13 @@ def check_base(mode, folder, max_len=0):
     return tokenizer, config
 
 
-def _unsupported(source):
-    if source.get("quantization_bit"):
-        bits = f"quantised to {source['quantization_bit']} bits (its config.json)"
-        yield f"{bits}; give the original checkpoint in 16 bit."
-    if source.get("rope_ratio", 1) != 1:
-        stretched = "models with stretched positions (the 32k variants) are not supported"
-        yield f"rope_ratio is {source['rope_ratio']} in its config.json; {stretched}."
+def _refuse_variant(folder, source):
+    if bits := source.get("quantization_bit"):
+        raise UserError(
+            f"{folder}: quantised to {bits} bits (its config.json); give the original checkpoint in 16 bit."
+        )
+    stretched = "models with stretched positions (the 32k variants) are not supported"
+    raise UserError(f"{folder}: rope_ratio is {source['rope_ratio']} in its config.json; {stretched}.")
 
 
 def _of_another(tokenizer, config):
@@ -51,9 +50,8 @@ def _of_another(tokenizer, config):
     if not 0.8 * size <= ids <= size:
         yield f"the tokenizer has {ids:,} ids, the model {size:,}: {file}"
     for field in ("bos_token_id", "eos_token_id", "gmask_token_id"):
-        expected, own = config.source.get(field), getattr(tokenizer, field)
-        if expected not in (None, own):
-            yield f"{field} is {expected} in config.json and {own} in {file}: the tokenizer"
+        if config.source.get(field) not in (None, own := getattr(tokenizer, field)):
+            yield f"{field} is {config.source[field]} in config.json and {own} in {file}: the tokenizer"
 
 
 def config_of(mode, folder):
@@ -112,12 +110,11 @@ def find_model_folder(folder, mode_name=None, base=None, flags=None):
     mode = MODE.get(mode_name) if mode_name else _mode_of(base)
     if mode is None:
         raise UserError(f"{folder}: which member of the family is it? Give --mode ({', '.join(MODE)}).")
-    asked = {item.name: getattr(flags, item.name, None) for item in dataclasses.fields(Prompt)}
-    given = {name: value for name, value in asked.items() if value is not None}
-    if record and lacks_prompt({**record, **given}):
+    asked = {name: value for name, value in vars(flags).items() if value is not None} if flags else {}
+    prompt, is_known = prompt_of(record, asked)
+    if record and not is_known:
         hint = "an earlier version merged it and did not record the prompt of its training"
         print(f"{folder}: {hint}: give --prompt_text where one was used.", file=sys.stderr)
-    prompt = dataclasses.replace(prompt_of(record), **given)
     is_bare = not record and not is_adapter
     return ModelFolder(mode, base, folder if is_adapter else None, prompt, is_bare, is_prefix)
 

@@ -1,6 +1,6 @@
-"""Ranks and devices: who am I, sums over all ranks, seeds. Works without a launcher and without DeepSpeed.
+"""Ranks and devices: who am I, sums over all ranks, seeds. The only file that reads what launchers set.
 
-The only file that reads what launchers set in the environment.
+Works without a launcher and without DeepSpeed: rank(), world_size(), choose_device() -> 0, 1, cpu
 """
 
 import os
@@ -103,9 +103,8 @@ def on_main(function, *arguments):
 
 def gather_objects(value):
     """The values of all ranks, in their order. All ranks must call; `value` is pickled, keep it small."""
-    values = [value]
-    if world_size() > 1:
-        values = [None] * world_size()
+    values = [value] * world_size()
+    if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
 

@@ -1,9 +1,6 @@
 """How a script ends: a UserError as one message, a bug with its traceback, a lost rank with the other's words last.
 
-exit_with_message(main)
-
-A script ends with 0 when all is done, 2 for the user's fault, 1 for any other error and when a rank lost the others; a
-training run also with 75, see `run.stop`.
+exit_with_message(main)    # ends with 0, 2 for the user's fault, 1 for all else; a run also with 75 (`run.stop`)
 """
 
 import errno
@@ -125,8 +122,9 @@ def _say(text):
 def _say_lost(error):
     """The words of a rank that only lost the others; repeats those of the rank that failed unless another does."""
     _finish_undisturbed()
-    first_line = str(error).strip().splitlines()[0][:200]
-    print(f"\nrank {dist.rank()} lost the others: {first_line}", file=sys.stderr, flush=True)
+    print(
+        f"\nrank {dist.rank()} lost the others: {str(error).strip().splitlines()[0][:200]}", file=sys.stderr, flush=True
+    )
     told = _remember(None)
     causes = [f"rank {rank}: {words}" for rank, words, _ in told if words is not None] or [KILLED]
     lost = [(rank, at) for rank, words, at in told if words is None]
@@ -146,8 +144,7 @@ def _leave(code):
     sys.stdout.flush()
     sys.stderr.flush()
     if dist.world_size() > 1:
-        for thread in threading.enumerate():
-            if not thread.daemon and thread is not threading.main_thread():
-                thread.join()
+        for thread in [t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]:
+            thread.join()
         os._exit(code)
     sys.exit(code)

@@ -1,7 +1,6 @@
 """Dataclass fields -> command line flags, with help in groups, a configuration file behind them, and helpful errors.
 
 config = parse(TrainConfig, sys.argv[1:])   # or a UserError that lists every problem at once
-config.given                                # names of the flags that were set, on the command line or in --config
 """
 
 import argparse
@@ -10,6 +9,7 @@ import difflib
 import json
 import math
 import typing
+from contextlib import suppress
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 
@@ -29,16 +29,13 @@ RULES = {
 
 
 def flag(help, default=dataclasses.MISSING, allowed=(), group=None):
-    """A dataclass field with what `--help` says of it. group: heading of this flag and those after it.
-
-    allowed: its choices, or one of RULES; None is always allowed.
-    """
+    """A dataclass field, its text in `--help`. allowed: choices, or one of RULES. group: heading from here on."""
     return field(default=default, metadata={"help": help, "group": group, "allowed": allowed})
 
 
 @dataclass(kw_only=True)
 class Flags:
-    """What every class of flags has. given: names of those that were set."""
+    """What every class of flags has. given: names of those that were set, on the command line or in --config."""
 
     given: InitVar[frozenset] = frozenset()
 
@@ -134,8 +131,7 @@ def _read(path):
 
 def _from_file(value, kind):
     """A value of a file as its flag takes it; a list becomes the comma list that the flag would be."""
-    if isinstance(value, list):
-        value = ",".join(map(str, value))
+    value = ",".join(map(str, value)) if isinstance(value, list) else value
     if isinstance(value, dict) or (isinstance(value, bool) and kind is not bool):
         raise UserError(f"expected something like --flag {kind.__name__.upper()}")
     return _reader(kind)(str(value))
@@ -168,13 +164,10 @@ def _reader(kind):
 
 def parse_float(text):
     """Text -> float; Python's own float() also takes nan and inf, which pass comparisons and poison every weight."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"expected a finite number, not {text!r}")
-    return value
+    with suppress(ValueError):
+        if math.isfinite(value := float(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"expected a finite number, not {text!r}")
 
 
 def parse_bool(text):

@@ -1,7 +1,7 @@
 """train_config.json: what is known of a model folder. Written by training, copied and added to by merging, read by all.
 
     write_record(train_record(config, train_type, tokenizer, world_size), folder)
-    prompt_of(read_record(folder))      # Prompt(template="train", prompt_text=None)
+    prompt_of(read_record(folder), {})      # (Prompt(template="train", prompt_text=None), True)
 
 Only these functions know the file. What a later step must know belongs into it, not into a file of its own.
 """
@@ -35,7 +35,7 @@ ORDER = (
 class Prompt:
     """What of a training shapes a prompt, each under the name of its flag; the defaults are a bare base's.
 
-    A field here is recorded by training, copied by merging, and asked with by predict.py, where the flag replaces it.
+    Recorded by training, copied by merging, asked with by predict.py, where the flag replaces it.
     """
 
     template: str = "official"
@@ -91,13 +91,12 @@ def read_record(folder):
     return read_json(path) if path.is_file() else {}
 
 
-def prompt_of(record):
-    """The Prompt of a training. Checkpoints of earlier versions have some of it among the flags of their run."""
-    known = {**record.get("flags", {}), **record}
-    return Prompt(**{item.name: known.get(item.name, item.default) for item in dataclasses.fields(Prompt)})
+def prompt_of(record, asked):
+    """(Prompt of a training, whether all of it is known). asked: values that replace what is recorded.
 
-
-def lacks_prompt(record):
-    """Whether some of the prompt is not known: merged folders of earlier versions say the template only."""
-    known = {**record.get("flags", {}), **record}
-    return any(item.name not in known for item in dataclasses.fields(Prompt))
+    Earlier versions recorded some of it among the flags of a run, and in merged folders the template only.
+    """
+    known = {**record.get("flags", {}), **record, **asked}
+    fields = dataclasses.fields(Prompt)
+    prompt = Prompt(**{item.name: known.get(item.name, item.default) for item in fields})
+    return prompt, all(item.name in known for item in fields)

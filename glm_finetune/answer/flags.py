@@ -55,11 +55,9 @@ class PredictConfig(Flags):
         if not 0 < self.top_p <= 1:
             yield f"--top_p {self.top_p}: must be above 0 and at most 1."
         if self.max_length < (self.max_new_tokens or 0) + MIN_PROMPT:
-            yield (
-                f"--max_length {self.max_length} leaves fewer than {MIN_PROMPT} tokens for the prompt"
-                + (f" beside --max_new_tokens {self.max_new_tokens}" if self.max_new_tokens else "")
-                + ": raise it."
-            )
+            beside = f" beside --max_new_tokens {self.max_new_tokens}" if self.max_new_tokens else ""
+            few = f"leaves fewer than {MIN_PROMPT} tokens for the prompt"
+            yield f"--max_length {self.max_length} {few}{beside}: raise it."
         if sum((self.chat, self.test_path is not None, self.instruction is not None)) != 1:
             yield "give exactly one of --instruction TEXT, --test_path FILE and --chat."
         if self.input and self.instruction is None:

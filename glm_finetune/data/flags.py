@@ -8,6 +8,13 @@ TEMPLATES = ("train", "official", "official_rounds")
 SHUFFLE_BUFFER = 10_000  # rows of a stream that are shuffled together
 
 
+NOT_TOGETHER = (
+    ("streaming", "overwrite_cache", "a stream prepares nothing"),
+    ("streaming", "group_by_length", "a stream does not know the lengths"),
+    ("packing", "group_by_length", "packed rows have next to no padding, whatever the lengths"),
+)
+
+
 @dataclass(kw_only=True)
 class DataFlags(Flags):
     """How rows become samples: flags of train.py and of the data report."""
@@ -50,7 +57,6 @@ class BatchFlags(Flags):
         "training data: files, folders or hf://owner/name, commas between them, weights behind (a.json:2,b.jsonl)"
     )
     eval_path: str | None = flag("data to compute the loss on at every save, in any of the same formats", None)
-
     packing: bool = flag(
         "lay the samples of a micro-batch end to end in rows of at most max_len tokens; samples do not see each other",
         False,
@@ -66,18 +72,14 @@ class BatchFlags(Flags):
 
     def problems(self):
         yield from super().problems()
-        for first, second, why in (
-            ("streaming", "overwrite_cache", "a stream prepares nothing"),
-            ("streaming", "group_by_length", "a stream does not know the lengths"),
-            ("packing", "group_by_length", "packed rows have next to no padding, whatever the lengths"),
-        ):
+        for first, second, why in NOT_TOGETHER:
             if getattr(self, first) and getattr(self, second):
                 yield f"--{second} goes without --{first}: {why}. Leave one of them out."
         if self.streaming and self.on_bad_row == "skip":
             yield "--on_bad_row skip goes without --streaming: a stream does not know its bad rows beforehand."
         if self.streaming and (self.is_skip or self.truncation == "drop"):
-            flag_name = "is_skip" if self.is_skip else "truncation drop"
-            yield f"--{flag_name} goes without --streaming: a stream does not know beforehand what is too long."
+            drops = "--is_skip" if self.is_skip else "--truncation drop"
+            yield f"{drops} goes without --streaming: a stream does not know beforehand what is too long."
         if self.shuffle_buffer and not self.streaming:
             yield "--shuffle_buffer goes with --streaming only: prepared data is shuffled as a whole."
 

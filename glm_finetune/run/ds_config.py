@@ -1,7 +1,7 @@
 """A DeepSpeed file and the flags -> the dict that DeepSpeed gets. Pure; does not import deepspeed.
 
-The file owns the memory strategy (`zero_optimization`), the flags own the numbers. A number in the file is allowed when
-it says what the flag says; "auto" is filled in; anything else is an error that names both.
+The file owns the memory strategy (`zero_optimization`), the flags own the numbers. A number in the file must say what
+the flag says; "auto" is filled in.
 """
 
 import difflib
@@ -31,9 +31,7 @@ SUBSECTIONS = {"zero_optimization": ("offload_param", "offload_optimizer"), "opt
 
 def read_ds_file(name):
     """The object in a DeepSpeed file: a path, or a bare name in ds_configs/. Raises UserError naming the file."""
-    path = Path(name)
-    if not path.is_file() and path.name == name:
-        path = FOLDER / name
+    path = Path(name) if Path(name).is_file() or Path(name).name != name else FOLDER / name
     if not path.is_file():
         shipped = ", ".join(sorted(shipped.name for shipped in FOLDER.glob("*.json")))
         raise UserError(f"--ds_file {name}: no such file. Shipped in ds_configs/: {shipped}.")
@@ -60,13 +58,11 @@ def precision_of(ds_json):
 
 
 def resolve(ds_json, config, world_size, precision, device_type, learns_in_fp32=False):
-    """DeepSpeed's configuration.
+    """DeepSpeed's configuration. Raises UserError listing unknown keys, contradictions, and what a stage cannot do.
 
     ds_json: `read_ds_file`. config: TrainConfig. precision: bf16, fp16 or fp32. device_type: "cuda" or "cpu".
     learns_in_fp32: what learns stays fp32 beside a bf16 base, so that DeepSpeed has nothing to convert.
-    Stage 0 becomes stage 1, which gives its numbers with less memory: stage 0 applies a step whose gradient is not
-    finite. In bf16 the gradients of micro-batches are added up in fp32 unless the file says otherwise, see `_sums`.
-    Raises UserError listing unknown keys, numbers that contradict a flag, and offloading that the stage cannot do.
+    Stage 0 becomes stage 1, which gives its numbers: stage 0 applies a step whose gradient is not finite.
     """
     micro, accumulate = config.per_device_train_batch_size, config.gradient_accumulation_steps
     numbers = dict(zip(FLAGS, (micro, accumulate, config.max_grad_norm, micro * accumulate * world_size)))
@@ -75,8 +71,9 @@ def resolve(ds_json, config, world_size, precision, device_type, learns_in_fp32=
     raise_together([*_contradictions(ds_json, numbers, adamw, precision), *_zero_problems(zero)])
     in_bf16 = precision == "bf16" and not learns_in_fp32
     zero, sums = _sums({**zero, "stage": max(1, zero["stage"])}, ds_json.get("data_types", {}), in_bf16)
-    if device_type == "cpu":
-        zero = _for_cpu(zero)
+    if device_type == "cpu":  # pinned memory and overlapping streams would have to be compiled first, and serve cards
+        offloads = {key: zero[key] | {"pin_memory": False} for key in SUBSECTIONS["zero_optimization"] if key in zero}
+        zero = zero | offloads | {"overlap_comm": False}
     return {
         **{key: ds_json[key] for key in PASSED_ON if key in ds_json},
         **numbers,
@@ -145,13 +142,3 @@ def _without_auto(section):
     """Drop "auto" values: inside zero_optimization DeepSpeed has a default for each."""
     kept = {key: value for key, value in section.items() if value != "auto"}
     return {key: _without_auto(value) if isinstance(value, dict) else value for key, value in kept.items()}
-
-
-def _for_cpu(zero):
-    """Pinned memory and overlapping streams exist for cards only; on CPUs they would have to be compiled first."""
-    offloads = SUBSECTIONS["zero_optimization"]
-    return {
-        **zero,
-        **{key: {**zero[key], "pin_memory": False} for key in offloads if key in zero},
-        "overlap_comm": False,
-    }

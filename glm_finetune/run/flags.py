@@ -81,8 +81,8 @@ class MemoryFlags(Flags):
 
     def __post_init__(self, given):
         super().__post_init__(given)
-        if self.deepspeed_config:
-            if self.ds_file not in (DEFAULT_DS_FILE, self.deepspeed_config):
-                both = f"--ds_file {self.ds_file} and --deepspeed_config {self.deepspeed_config}"
-                raise UserError(f"{both} are two names of one flag: give one of them.")
-            self.ds_file = self.deepspeed_config
+        name = self.deepspeed_config or self.ds_file
+        if self.ds_file not in (DEFAULT_DS_FILE, name):
+            both = f"--ds_file {self.ds_file} and --deepspeed_config {name}"
+            raise UserError(f"{both} are two names of one flag: give one of them.")
+        self.ds_file = name

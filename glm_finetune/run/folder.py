@@ -35,27 +35,24 @@ def check_output_dir(output_dir, overwrite, inputs=()):
     path = Path(output_dir)
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {output_dir} is a file.")
-    results = sorted(filter(_is_result, path.glob("*")))
-    if results or _holder(path) and not was_run(path):
-        _check_results(path, results, output_dir, overwrite, inputs)
+    results, is_foreign = sorted(filter(_is_result, path.glob("*"))), _holder(path) and not was_run(path)
+    if results or is_foreign:
+        _check_results(output_dir, results, is_foreign, overwrite, inputs)
 
 
-def _check_results(path, results, output_dir, overwrite, inputs):
+def _check_results(output_dir, results, is_foreign, overwrite, inputs):
     foreign = [result.name for result in results if not is_marked(result)]
-    if foreign or _holder(path) and not was_run(path):
-        raise UserError(
-            f"--output_dir {output_dir} holds {', '.join(foreign[:5]) or '.lock'}, which no run of this project wrote: "
-            f"nothing there is deleted or written over. Choose another folder, or move it away."
-        )
-    for result in results:
-        for name in filter(None, inputs):
-            if result.resolve() in (Path(name).resolve(), *Path(name).resolve().parents):
-                raise UserError(f"--output_dir {output_dir}: {name} lies in it and is needed. Choose another folder.")
+    if foreign or is_foreign:
+        found = f"{', '.join(foreign[:5]) or '.lock'}, which no run of this project wrote"
+        safe = "nothing there is deleted or written over. Choose another folder, or move it away."
+        raise UserError(f"--output_dir {output_dir} holds {found}: {safe}")
+    for name in filter(None, inputs):
+        if {path.resolve() for path in results} & {Path(name).resolve(), *Path(name).resolve().parents}:
+            raise UserError(f"--output_dir {output_dir}: {name} lies in it and is needed. Choose another folder.")
     if results and not overwrite:
-        raise UserError(
-            f"--output_dir {output_dir} holds results already ({', '.join(p.name for p in results[:5])}). "
-            "Choose another folder, or add --overwrite_output_dir to delete them."
-        )
+        found = f"holds results already ({', '.join(result.name for result in results[:5])})"
+        remedy = "Choose another folder, or add --overwrite_output_dir to delete them."
+        raise UserError(f"--output_dir {output_dir} {found}. {remedy}")
 
 
 def _is_result(path):
@@ -64,9 +61,9 @@ def _is_result(path):
 
 def is_marked(path):
     """Whether something in an output folder is a run's."""
-    if re.fullmatch(CHECKPOINT, path.name):
-        return any((path / name).is_file() for name in (MANIFEST, "train_config.json"))
-    return was_run(path.parent)
+    if not re.fullmatch(CHECKPOINT, path.name):
+        return was_run(path.parent)
+    return any((path / name).is_file() for name in (MANIFEST, "train_config.json"))
 
 
 def was_run(folder):
@@ -102,14 +99,14 @@ class Hold:
     """Rank 0's lock of an output folder: until its process ends, or `give_back`. It is the kernel's, no file's."""
 
     def __init__(self, path):
-        """Raises BlockingIOError while another run has it."""
-        self.path, self.made = Path(path), not Path(path).exists()
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held as long as the run)
+        """path: a Path. Raises BlockingIOError while another run has it."""
+        self.path, self.made = path, not path.exists()
+        path.mkdir(parents=True, exist_ok=True)
+        self.file = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held as long as the run)
         fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(self.file.fileno()).st_nlink == 0:
-            raise BlockingIOError("another run has given it back since it was opened: the file has no name any more")
-        self.before = _holder(self.path)
+            raise BlockingIOError("another run has given it back since it was opened: it has no name any more")
+        self.before = _holder(path)
         self._write(f"process {os.getpid()} on {socket.gethostname()}")
 
     def _write(self, text):
@@ -148,18 +145,13 @@ def lock(output_dir, overwrite=True, inputs=()):
     return hold
 
 
-def _take(folder):
+def _take(folder, tries=2):
     try:
         return Hold(folder)
     except BlockingIOError:
-        return _take_late(folder)
-
-
-def _take_late(folder):
-    time.sleep(TAKING_SECS)
-    try:
-        return Hold(folder)  # it has given it back
-    except BlockingIOError:
+        if tries > 1:
+            time.sleep(TAKING_SECS)  # it may be given back
+            return _take(folder, tries - 1)
         text = f"--output_dir {folder}: another run ({_holder(folder)}) is writing to it. Choose another folder."
         raise UserError(text) from None
 

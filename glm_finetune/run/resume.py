@@ -16,12 +16,11 @@ from glm_finetune.run.folder import checkpoints, step_of
 def find_resume(resume, output_dir):
     """The checkpoint that --resume asks for, or None: "auto" takes the newest whole one in output_dir, if any.
 
-    Only rank 0 needs to call. Damaged ones are named and passed over. Raises UserError for a path that is damaged, has
-    no state, or is of a newer format.
+    Damaged ones are named and passed over. Raises UserError for a path that is damaged, has no state, or is of a newer
+    format.
     """
     if resume != "auto":
-        problem = damage(Path(resume)) or _unfit(Path(resume))
-        if problem:
+        if problem := damage(Path(resume)) or _unfit(Path(resume)):
             raise UserError(f"--resume {resume}: {problem}")
         return Path(resume)
     for folder in reversed(checkpoints(output_dir)):
@@ -40,10 +39,8 @@ def choose_resume(config, record):
     folder = dist.from_main(dist.on_main(_choose, config, record))
     there = dist.gather_objects(folder is None or (folder / state.FOLDER / "progress.json").is_file())
     if not all(there):
-        raise UserError(
-            f"--resume: rank {there.index(False)} does not see {folder}. On several nodes --output_dir must be a "
-            "folder that all of them share, with the same path."
-        )
+        shared = "On several nodes --output_dir must be a folder that all of them share, with the same path."
+        raise UserError(f"--resume: rank {there.index(False)} does not see {folder}. {shared}")
     return folder
 
 
@@ -51,10 +48,9 @@ def _choose(config, record):
     folder = find_resume(config.resume, config.output_dir)
     if folder:
         check_same_run(folder, record, config.force)
-        done = read_record(folder)["step"]
-        if config.max_steps and config.max_steps < done:
-            text = f"--max_steps {config.max_steps}: {folder} has {done} steps behind it already."
-            raise UserError(f"{text} Raise it, or leave out.")
+        if config.max_steps and config.max_steps < (done := read_record(folder)["step"]):
+            behind = f"{folder} has {done} steps behind it already"
+            raise UserError(f"--max_steps {config.max_steps}: {behind}. Raise it, or leave out.")
     _check_others(folder, config)
     return folder
 
@@ -79,10 +75,8 @@ def check_same_run(folder, record, force):
     old = read_record(folder)
     names = ["mode", "train_type"] + ([] if force else list({**record["identity"], **old.get("identity", {})}))
     before, now = ({**SAMPLES, **r, **r.get("identity", {})} for r in (old, record))
-    different = [
-        f"{name}: {before.get(name)} there, {now.get(name)} here" for name in names if before.get(name) != now.get(name)
-    ]
-    if different:
+    values = [(name, before.get(name), now.get(name)) for name in names]
+    if different := [f"{name}: {there} there, {here} here" for name, there, here in values if there != here]:
         hint = "" if force else " Where that is meant, add --force (not for mode and train type)."
         raise UserError(f"--resume {folder} is of another run: {'; '.join(different)}.{hint}")
 
@@ -91,15 +85,11 @@ def _check_others(folder, config):
     """Raise UserError if output_dir holds checkpoints that would be lost, or mixed with those to come."""
     found = checkpoints(config.output_dir)
     if config.resume == "auto" and found and not folder and not config.overwrite_output_dir:
-        raise UserError(
-            f"--resume auto: no checkpoint in {config.output_dir} is whole. Choose another folder, or add "
-            "--overwrite_output_dir to delete them and begin anew."
-        )
+        remedy = "Choose another folder, or add --overwrite_output_dir to delete them and begin anew."
+        raise UserError(f"--resume auto: no checkpoint in {config.output_dir} is whole. {remedy}")
     if config.resume != "auto":
         inside = folder.resolve().parent == Path(config.output_dir).resolve()
-        others = [path.name for path in found if not inside or step_of(path) > step_of(folder)]
-        if others:
-            raise UserError(
-                f"--resume {folder}: --output_dir {config.output_dir} holds {', '.join(others[:5])}, of another "
-                "continuation. Go on from those with --resume auto, choose another folder, or move them away."
-            )
+        if others := [path.name for path in found if not inside or step_of(path) > step_of(folder)]:
+            holds = f"--output_dir {config.output_dir} holds {', '.join(others[:5])}, of another continuation"
+            remedy = "Go on from those with --resume auto, choose another folder, or move them away."
+            raise UserError(f"--resume {folder}: {holds}. {remedy}")

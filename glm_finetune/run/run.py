@@ -5,18 +5,15 @@ with Run.open(config) as run:           # None where nothing is left to do; all 
     run.save()
 """
 
-from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-import torch
+from types import SimpleNamespace
 
 from glm_finetune import build, dist, exits
 from glm_finetune.data.dataset import to_device, without_targets
 from glm_finetune.data.report import write_bad_rows
-from glm_finetune.data.sampler import Progress, StepSampler
+from glm_finetune.data.sampler import Progress
 from glm_finetune.errors import StandsStill, raise_together
 from glm_finetune.record import train_record
 from glm_finetune.run import engine, folder, resume, state
@@ -30,37 +27,14 @@ from glm_finetune.run.summary import start_lines
 from glm_finetune.run.tracker import new_tracker
 
 
-@dataclass(kw_only=True)
-class Run:
-    """The parts of a run. Loop and summary ask for them by name.
+class Run(SimpleNamespace):
+    """The parts of a run, by name.
 
-    config: TrainConfig, its defaults filled in. eval_rows: None without --eval_path. collate(rows) -> batch.
+    config (its defaults filled in), mode, objective, train_type, device, precision, ds_config: see `parts.settle`.
+    tokenizer, rows, eval_rows (None without --eval_path), sampler, collate(rows) -> batch: see `parts.load_data`.
     progress, total_steps: where it stands and ends. resumed_from: a checkpoint, or None. hold: rank 0's `folder.Hold`.
-    step(batches, num_targets): see `engine.accumulate`. tracker, stop (a `stop.StopRequest`): while it is open.
+    engine, guard, saver, step(batches, num_targets): see `engine.accumulate`. tracker, stop: while it is open.
     """
-
-    config: object
-    mode: object
-    objective: object
-    train_type: object
-    device: torch.device
-    precision: str
-    ds_config: dict
-    tokenizer: object
-    rows: object
-    eval_rows: object
-    sampler: StepSampler
-    collate: Callable
-    hold: object
-    resumed_from: Path | None
-    progress: Progress
-    total_steps: int
-    engine: object
-    step: Callable
-    guard: Guard
-    saver: Saver
-    tracker: object = None
-    stop: object = None
 
     @staticmethod
     @contextmanager
@@ -132,18 +106,11 @@ def assemble(known):
     if not resumed_from:
         folder.clear(config.output_dir)
         dist.seed_all(config.seed + dist.rank())  # dropout differs between ranks
-    return Run(
-        **known,
-        **data,
-        hold=hold,
-        resumed_from=resumed_from,
-        progress=progress,
-        total_steps=total_steps,
-        engine=ds_engine,
-        step=partial(engine.accumulate, ds_engine, known["objective"]),
-        guard=Guard(ds_engine, config, known["train_type"], data["rows"].where),
-        saver=Saver(ds_engine, tokenizer, known["train_type"], config, record, best),
-    )
+    run = Run(**known, **data, hold=hold, resumed_from=resumed_from, progress=progress, total_steps=total_steps)
+    run.engine, run.step = ds_engine, partial(engine.accumulate, ds_engine, run.objective)
+    run.guard = Guard(ds_engine, config, run.train_type, run.rows.where)
+    run.saver = Saver(ds_engine, tokenizer, run.train_type, config, record, best)
+    return run
 
 
 def load_engine(config, mode, objective, train_type, ds_config, precision, device):

@@ -1,7 +1,7 @@
 """The state of a run: fp32 masters and moments by parameter name, random numbers of every rank, where the data stands.
 
-Plain safetensors and JSON, the same for every ZeRO stage and number of ranks, so that a run goes on with other ones.
-DeepSpeed's own checkpoints are pickles bound to both. Weights that do not learn are never written.
+Plain safetensors and JSON, the same for every ZeRO stage and number of ranks; DeepSpeed's own checkpoints are pickles
+bound to both. Weights that do not learn are never written.
 
     parts = of(engine, progress)               # all ranks must call; rank 0 writes them with `write`
     restore(engine, folder, batch, seed, device)   # all ranks must call
@@ -22,8 +22,16 @@ FOLDER = "state"  # inside a checkpoint
 
 
 def of(engine, progress):
-    """(tensors, random numbers, numbers) as `write` takes them. All ranks must call, and exhaust the tensors."""
-    return tensors_of(engine), random_states(engine.device), numbers_of(engine, progress)
+    """(tensors, {"cpu.R", "cuda.R": (n,) uint8} of rank R, numbers). All ranks must call, and exhaust the tensors."""
+    own = {f"cpu.{dist.rank()}": torch.get_rng_state()}
+    if engine.device.type == "cuda":
+        own[f"cuda.{dist.rank()}"] = torch.cuda.get_rng_state(engine.device)
+    randoms = {name: state for states in dist.gather_objects(own) for name, state in states.items()}
+    numbers = {**asdict(progress), "updates": num_updates(engine), "world_size": dist.world_size()}
+    if engine.fp16_enabled():
+        scaler = vars(engine.optimizer.loss_scaler).items()
+        numbers["loss_scaler"] = {name: value for name, value in scaler if isinstance(value, (int, float))}
+    return tensors_of(engine), randoms, numbers
 
 
 def learning(model):
@@ -62,23 +70,6 @@ def _link_moments(engine):
             lazy_init_hp_params_optimizer_state(parameters, flat, engine.basic_optimizer.state)
 
 
-def random_states(device):
-    """{"cpu.R", "cuda.R": (n,) uint8} of every rank R. All ranks must call."""
-    own = {f"cpu.{dist.rank()}": torch.get_rng_state()}
-    if device.type == "cuda":
-        own[f"cuda.{dist.rank()}"] = torch.cuda.get_rng_state(device)
-    return {name: state for states in dist.gather_objects(own) for name, state in states.items()}
-
-
-def numbers_of(engine, progress):
-    """What progress.json holds: where the run stands, Adam's count of updates, fp16's loss scaler."""
-    record = {**asdict(progress), "updates": num_updates(engine), "world_size": dist.world_size()}
-    if engine.fp16_enabled():
-        scaler = vars(engine.optimizer.loss_scaler)
-        record["loss_scaler"] = {name: value for name, value in scaler.items() if isinstance(value, (int, float))}
-    return record
-
-
 def write(folder, tensors, randoms, numbers):
     """Write what `of` gave to `folder`, on rank 0."""
     folder.mkdir()
@@ -96,14 +87,17 @@ def restore(engine, folder, batch, seed, device):
     folder = Path(folder) / FOLDER
     record, files = weights.read_json(folder / "progress.json"), weights.tensor_files(folder)
     names = {name for name, _ in learning(engine.module)}
-    different = names ^ {key.partition(".")[2] for key in files}
-    if different:
+    if different := names ^ {key.partition(".")[2] for key in files}:
         raise UserError(f"--resume: what learns is not what learnt there: {', '.join(sorted(different)[:4])}, ...")
-    _create_moments(engine, batch)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = 0.0
+    for _ in range(engine.gradient_accumulation_steps()):
+        engine.backward(engine(**batch, use_cache=False).token_losses.sum())
+        engine.step()
     _link_moments(engine)
     for name, parameter in learning(engine.module):
         keys = [f"{key}.{name}" for key in ("master", *MOMENTS)]  # of one parameter at a time: each rank reads them
-        _set(engine, parameter, [weights.read_tensor(files[key], key).to(device) for key in keys])
+        _set(parameter, *(weights.read_tensor(files[key], key).to(device) for key in keys))
     for state in engine.basic_optimizer.state.values():
         if "step" in state:
             state["step"].fill_(record["updates"])
@@ -118,19 +112,10 @@ def progress_in(folder):
     return Progress(record["step"], record["epoch"], record["rows"]), record.get("best")
 
 
-def _create_moments(engine, batch):
-    for group in engine.optimizer.param_groups:
-        group["lr"] = 0.0
-    for _ in range(engine.gradient_accumulation_steps()):
-        engine.backward(engine(**batch, use_cache=False).token_losses.sum())
-        engine.step()
-
-
-def _set(engine, parameter, values):
+def _set(parameter, master, *moments):
     """Give a parameter its master and moments, and the weight computed with, which is the master rounded."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    master, *moments = values
     with torch.no_grad(), whole(parameter, modifier_rank=0):
         parameter.copy_(master)
     safe_set_full_fp32_param(parameter, master)
@@ -142,8 +127,7 @@ def _restore_random(path, record, seed, device):
     """This rank's random numbers go on where they were; with other ranks or another kind of device they begin anew."""
     states = dict(weights.iter_file(path))
     if record["world_size"] != dist.world_size() or f"{device.type}.{dist.rank()}" not in states:
-        dist.seed_all(seed + dist.rank() + 1000 * record["step"])
-        return
+        return dist.seed_all(seed + dist.rank() + 1000 * record["step"])
     torch.set_rng_state(states[f"cpu.{dist.rank()}"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[f"cuda.{dist.rank()}"], device)

@@ -24,9 +24,7 @@ class Tracker:
         self.writer = SummaryWriter(logging_dir or str(Path(output_dir) / "runs"), purge_step=first_step + 1)
         self.file = open(Path(output_dir) / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self.bar = tqdm(total=total_steps, initial=first_step, desc="train", unit=" steps", dynamic_ncols=True)
-
-    def step(self):
-        self.bar.update()
+        self.step, self.say = self.bar.update, self.bar.write
 
     def log(self, step, **values):
         """values: numbers by name; those in COLUMNS are shown in this order, all are written."""
@@ -40,13 +38,9 @@ class Tracker:
         for name, value in values.items():
             self.writer.add_scalar(f"train/{name}" if name in COLUMNS else name, value, step)
 
-    def say(self, text):
-        self.bar.write(text)
-
     def close(self):
-        self.bar.close()
-        self.file.close()
-        self.writer.close()
+        for part in (self.bar, self.file, self.writer):
+            part.close()
 
 
 class SilentTracker:
@@ -95,4 +89,4 @@ def peak_gib(device):
     """Peak memory of this rank in GiB: allocated on the card, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # which is in KiB
