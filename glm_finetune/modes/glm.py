@@ -67,7 +67,7 @@ GLM = Mode(
     tokenizer=ChatGLMTokenizer,
     template=Template(
         draft,
-        question_tail=3,  # 答 ： and what they are worth in tokens in the original
+        question_tail=3,  # the tokens of "答：" that the original keeps
         overhead=3,  # [gMASK] <sop> <eop>
         text_prefix=1,
     ),
