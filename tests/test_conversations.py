@@ -8,12 +8,12 @@ import pytest
 from glm_finetune import MODE
 from glm_finetune.answer.chat import chat_ids
 from glm_finetune.data.conversation import check_order, from_roles, from_speakers, messages_of, tool_call
-from glm_finetune.data.files import read_rows
 from glm_finetune.data.formats import FORMATS, detect
 from glm_finetune.data.samples import Settings, prepare_row
 from glm_finetune.modes.glm3 import tool_parameters
 from glm_finetune.modes.spec import Limits
 from tests.refusal import refused
+from tests.tiny import read_rows
 
 ROOT = Path(__file__).parent / "fixtures/oracle"
 SAMPLES = Path(__file__).parents[1] / "data/formats"

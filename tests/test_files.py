@@ -13,6 +13,7 @@ from glm_finetune.data.samples import read_questions
 from glm_finetune.flags import parse
 from tests.refusal import refused
 from tests.test_formats import SAMPLES, jsonl, rows_in, settings, write
+from tests.tiny import read_rows
 
 __all__ = ["settings"]  # a fixture
 
@@ -56,7 +57,7 @@ def test_parquet_that_breaks_within_is_named(tmp_path):
 
 def test_lines_of_a_table_are_those_of_the_file(tmp_path):
     text = b'\n"ques\ntion",answer\n\nq,a\n\n"q\n2",a2\nq3,a3\n'
-    assert [where.rpartition(" ")[2] for where, _ in files.read_rows(write(tmp_path / "a.csv", text))] == [
+    assert [where.rpartition(" ")[2] for where, _ in read_rows(write(tmp_path / "a.csv", text))] == [
         "5",
         "7",
         "9",

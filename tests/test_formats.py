@@ -23,6 +23,7 @@ from glm_finetune.flags import parse
 from glm_finetune.modes.spec import Limits
 from tests.ranks import run_ranks, train_arguments, train_main
 from tests.refusal import refused
+from tests.tiny import read_rows
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = sorted((ROOT / "data/formats").iterdir())
@@ -42,7 +43,7 @@ def write(path, content=None):
 
 
 def rows_in(path):
-    return [row for _, row in files.read_rows(path)]
+    return [row for _, row in read_rows(path)]
 
 
 @pytest.fixture
@@ -207,7 +208,7 @@ def test_parquet_gives_the_same_rows(compressed, tmp_path, monkeypatch):
     parquet.write_table(pyarrow.Table.from_pylist(ROWS * 5), path)
     if compressed:
         path = write(tmp_path / "b.parquet.gz", gzip.compress(path.read_bytes()))
-    found = list(files.read_rows(path))
+    found = list(read_rows(path))
     assert [row for _, row in found] == ROWS * 5
     assert found[9][0] == f"{path}, row 10"
     refused(lambda: rows_in(write(tmp_path / "bad.parquet", b"PAR1 no")), "bad.parquet", "not a readable Parquet file")
@@ -283,7 +284,7 @@ def test_a_path_is_taken_as_it_is_where_it_exists(tmp_path):
 
 
 def test_where_names_the_line_also_where_values_have_line_breaks(tmp_path):
-    wheres = [where for where, _ in files.read_rows(write(tmp_path / "a.csv", as_csv(",")))]
+    wheres = [where for where, _ in read_rows(write(tmp_path / "a.csv", as_csv(",")))]
     assert wheres == [f"{tmp_path}/a.csv, line 2", f"{tmp_path}/a.csv, line 4"]
 
 
@@ -295,7 +296,7 @@ def test_lines_are_streamed(compressed, tmp_path):
         tmp_path / ("a.jsonl.gz" if compressed else "a.jsonl"), gzip.compress(content) if compressed else content
     )
     tracemalloc.start()
-    assert sum(1 for _ in files.read_rows(path)) == 5000
+    assert sum(1 for _ in read_rows(path)) == 5000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < len(content) / 10

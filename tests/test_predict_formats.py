@@ -8,10 +8,9 @@ import pytest
 
 import predict
 from glm_finetune import MODE
-from glm_finetune.data.files import read_rows
 from glm_finetune.data.formats import detect
 from glm_finetune.weights import write_json
-from tests.tiny import make_checkpoint
+from tests.tiny import make_checkpoint, read_rows
 
 SAMPLES = sorted((Path(__file__).parents[1] / "data/formats").iterdir())
 

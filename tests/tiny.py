@@ -15,6 +15,8 @@ import torch
 from sentencepiece import sentencepiece_model_pb2
 
 from glm_finetune import MODE
+from glm_finetune.data.files import Unreadable, list_data_files
+from glm_finetune.errors import UserError
 from glm_finetune.weights import write_json
 
 DATA = Path(__file__).parents[1] / "data/spo_0.json"
@@ -150,3 +152,12 @@ def _train(**options):
         **options,
     )
     return model.getvalue()
+
+
+def read_rows(path):
+    """Yield (where, row) of the files of --train_path. Raises UserError for one that cannot be read, as training."""
+    for data_file in list_data_files(path):
+        for number, row in data_file.rows():
+            if isinstance(row, Unreadable):
+                raise UserError(f"{data_file.where(number)}: {row.problem}")
+            yield data_file.where(number), row

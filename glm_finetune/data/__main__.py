@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from glm_finetune import MODE, exits
-from glm_finetune.data.dataset import InstructionDataset, describe_sample
+from glm_finetune.data.dataset import InstructionDataset
 from glm_finetune.data.files import list_data_files, occurrences
 from glm_finetune.data.flags import ReportConfig
 from glm_finetune.data.histogram import Panel, save_histograms
-from glm_finetune.data.report import write_bad_rows
+from glm_finetune.data.report import describe_sample, write_bad_rows
 from glm_finetune.data.samples import of_file, prepare_row, settings_of
 from glm_finetune.errors import UserError, raise_together, unknown_choice
 from glm_finetune.flags import parse

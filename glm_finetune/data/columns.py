@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from glm_finetune.data.report import Report
+from glm_finetune.models.loss import IGNORE
 
 # The arrays of prepared samples. N rows of the data set, which are S different samples, of T tokens together.
 COLUMNS = {
@@ -34,10 +35,43 @@ for _name in SPECIAL:
 
 @dataclass
 class Samples:
-    """columns: an array for each of COLUMNS. report: of the rows they came from."""
+    """Rows of a data set. columns: an array for each of COLUMNS; of one that is memory-mapped, what a row needs is read
+    when it is asked for. report: of the rows of the files that they came from.
+    """
 
     columns: dict
     report: Report
+
+    def __len__(self):
+        return len(self.columns["index"])
+
+    def __getitem__(self, i):
+        sample = self.columns["index"][i]
+        tokens = _places(self.columns["ends"], sample)
+        ids, labels, position_ids = self.columns["input_ids"][tokens], *(self._own(name, sample) for name in SPECIAL)
+        if labels is None:
+            labels = np.where(self.columns["is_target"][tokens], ids, IGNORE)
+        num_prefix = int(self.columns["num_prefix"][sample])
+        row = {"input_ids": ids.tolist(), "labels": labels.tolist(), "num_prefix": num_prefix}
+        if position_ids is not None:
+            row["position_ids"] = position_ids.reshape((2, -1) if len(position_ids) > len(ids) else -1).tolist()
+        return row
+
+    def _own(self, name, sample):
+        """The `labels` or `position_ids` that a sample has of its own, else None. -> (n,) int32"""
+        samples, ends = self.columns[f"{name}_of"], self.columns[f"{name}_ends"]
+        i = np.searchsorted(samples, sample)
+        has_own = i < len(samples) and samples[i] == sample
+        return self.columns[name][_places(ends, i)] if has_own else None
+
+    def place(self, i):
+        """(which of the files, number in it) of row i."""
+        sample = self.columns["index"][i]
+        return self.columns["files"][sample], self.columns["numbers"][sample]
+
+    def lengths(self):
+        """(N,) int64: tokens of each row."""
+        return np.diff(self.columns["ends"], prepend=0)[self.columns["index"]]
 
     def after(self, counts):
         """The columns of these samples behind others. counts: elements of each column of those."""
@@ -47,13 +81,9 @@ class Samples:
         return self.columns | {name: self.columns[name] + counts[other] for name, other in shifts.items()}
 
 
-def special(columns, name, sample):
-    """The `labels` or `position_ids` that a sample has of its own, else None. -> (n,) int32"""
-    samples, ends = columns[f"{name}_of"], columns[f"{name}_ends"]
-    i = int(np.searchsorted(samples, sample))
-    if i == len(samples) or samples[i] != sample:
-        return None
-    return columns[name][int(ends[i - 1]) if i else 0 : int(ends[i])]
+def _places(ends, i):
+    """Of values that end there, one behind the other, those of number i."""
+    return slice(int(ends[i - 1]) if i else 0, int(ends[i]))
 
 
 class Builder:
@@ -66,26 +96,22 @@ class Builder:
 
     def add(self, number, times, one):
         """A sample. number: of its row. times: how often it counts, 0: it is left out. one: a Rendered."""
-        if times:
-            if one.draft.labels is not None:
-                self._add_special(one.draft)
-            self._parts += one.ids
-            self._is_target += one.draft.is_target
-            self._ends.append(len(self._parts))
-            self._numbers.append(number)
-            self._times.append(times)
-            self._num_prefix.append(one.num_prefix)
-
-    def _add_special(self, draft):
+        if not times:
+            return
         for name, (samples, values) in self._special.items():
-            if getattr(draft, name) is not None:
+            if (own := getattr(one.draft, name)) is not None:
                 samples.append(len(self._ends))
-                values.append(np.ravel(getattr(draft, name)).astype(np.int32))
+                values.append(np.array(own, np.int32).ravel())
+        self._parts += one.ids
+        self._is_target += one.draft.is_target
+        self._ends.append(len(self._parts))
+        self._numbers.append(number)
+        self._times.append(times)
+        self._num_prefix.append(one.num_prefix)
 
     def columns(self, position):
         """Arrays for each of COLUMNS. position: of the file among the files."""
-        lengths = np.fromiter(map(len, self._parts), np.int64, len(self._parts))
-        num_samples = len(self._ends)
+        lengths, num_samples = np.fromiter(map(len, self._parts), np.int64, len(self._parts)), len(self._ends)
         columns = {
             "index": np.repeat(np.arange(num_samples), self._times),
             "input_ids": np.concatenate(self._parts) if self._parts else [],

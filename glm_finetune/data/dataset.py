@@ -7,29 +7,22 @@ The batch contract, which every model reads (B rows, T tokens, right-padded):
   within samples is enough, segment_bounds (S + 1,) int32: see `models.layers.Segments`.
 """
 
-import re
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from glm_finetune.data.cache import prepared
-from glm_finetune.data.columns import SPECIAL, special
 from glm_finetune.data.files import list_data_files
 from glm_finetune.data.packing import best_fit
 from glm_finetune.data.prepare import in_memory
-from glm_finetune.data.report import NUM_SHOWN
 from glm_finetune.data.stream import Stream
-from glm_finetune.errors import UserError
 from glm_finetune.models.loss import IGNORE, target_index
-
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class InstructionDataset(Sequence):
     """The samples of files: {"input_ids", "labels", "num_prefix"} of lists, and "position_ids" where a sample has its
-    own. `report` says what became of the rows, `where(i)` which row sample i is from.
+    own. rows: `columns.Samples`, or a `Stream`. report: what became of the rows of the files.
     """
 
     def __init__(self, path, settings, progress=False, cache_dir=None, overwrite_cache=False, window=None):
@@ -40,72 +33,32 @@ class InstructionDataset(Sequence):
         for, best in windows of so many consecutive rows (see `stream`).
         Raises UserError for a bad row (file, line, field), or if no row is left; with a window when it is its turn.
         """
-        data_files = list_data_files(path)
+        self.data_files = list_data_files(path)
         if window:
-            self.rows = Stream(data_files, settings, window, cache_dir)
+            self.rows = Stream(self.data_files, settings, window, cache_dir)
         elif cache_dir:
-            self.rows = PreparedRows(data_files, prepared(data_files, settings, cache_dir, overwrite_cache, progress))
+            self.rows = prepared(self.data_files, settings, cache_dir, overwrite_cache, progress)
         else:
-            self.rows = PreparedRows(data_files, in_memory(data_files, settings, progress))
-        self.data_files, self.report = data_files, self.rows.report
+            self.rows = in_memory(self.data_files, settings, progress)
+        self.report = self.rows.report
         if not len(self):
-            bad = "".join(f"\n{problem}" for problem in self.report.bad[:NUM_SHOWN])
-            raise UserError(
-                f"{path}: no row left to train on ({self.report}). For the skipped raise --max_len and --max_src_len "
-                f"or cut them (neither --is_skip nor --truncation drop); the others have no answer to train.{bad}"
-            )
+            raise self.report.nothing_left(path)
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self.rows[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        return self.rows[index % len(self)]
+        chosen = range(len(self))[index]  # a number, or a range of them
+        return [self.rows[i] for i in chosen] if isinstance(index, slice) else self.rows[chosen]
 
     def where(self, index):
         """File and line that a sample is from."""
-        return self.rows.where(index)
+        file, number = self.rows.place(index)
+        return self.data_files[file].where(number)
 
     def lengths(self):
         """(N,) int64: tokens of each row. Not for streams, which do not know."""
         return self.rows.lengths()
-
-
-class PreparedRows:
-    """`prepare.Samples` as rows; what is memory-mapped is read when a row is asked for."""
-
-    def __init__(self, data_files, samples):
-        self.data_files, self.columns, self.report = data_files, samples.columns, samples.report
-
-    def __len__(self):
-        return len(self.columns["index"])
-
-    def __getitem__(self, index):
-        columns, ends, sample = self.columns, self.columns["ends"], int(self.columns["index"][index])
-        tokens = slice(int(ends[sample - 1]) if sample else 0, int(ends[sample]))
-        ids = columns["input_ids"][tokens]
-        labels, position_ids = (special(columns, name, sample) for name in SPECIAL)
-        if labels is None:
-            labels = np.where(columns["is_target"][tokens], ids, IGNORE)
-        row = {
-            "input_ids": ids.tolist(),
-            "labels": labels.tolist(),
-            "num_prefix": int(columns["num_prefix"][sample]),
-        }
-        if position_ids is not None:
-            shape = (2, -1) if len(position_ids) > len(ids) else -1
-            row["position_ids"] = position_ids.reshape(shape).tolist()
-        return row
-
-    def where(self, index):
-        sample = self.columns["index"][index]
-        return self.data_files[self.columns["files"][sample]].where(self.columns["numbers"][sample])
-
-    def lengths(self):
-        return np.diff(self.columns["ends"], prepend=0)[self.columns["index"]]
 
 
 def collate(rows, pad_token_id, positions, max_len=None):
@@ -119,46 +72,31 @@ def collate(rows, pad_token_id, positions, max_len=None):
     # Samples 5 6 7 (targets 6 7) and 8 9 (target 9) packed, beside a longer row, with a causal mode:
     # input_ids    5    6    7    8    9    0       position_ids  0 1 2 0 1 0     segment_ids  0 0 0 1 1 -1
     # labels       -100 6    7    -100 9    -100    target_index  0 1 3: whose outputs predict 6 7 9
-    lengths = [len(row["input_ids"]) for row in rows]
+    lengths, prefixes = [len(row["input_ids"]) for row in rows], [row["num_prefix"] for row in rows]
     bins = [[i] for i in range(len(rows))] if max_len is None else best_fit(lengths, max_len)
     width = max(sum(lengths[i] for i in packed) for packed in bins)
-    input_ids = torch.full((len(bins), width), pad_token_id)
-    labels = torch.full((len(bins), width), IGNORE)
-    segment_ids = torch.full((len(bins), width), -1)
-    is_prefix = torch.zeros(len(bins), width, dtype=torch.bool)
-    position_ids = torch.stack([packed_positions([rows[i] for i in packed], positions, width) for packed in bins])
-    for b, packed in enumerate(bins):
-        start = 0
-        for segment, row in enumerate(rows[i] for i in packed):
-            end = start + len(row["input_ids"])
-            input_ids[b, start:end] = torch.tensor(row["input_ids"])
-            labels[b, start + 1 : end] = torch.tensor(row["labels"][1:])  # nothing predicts a sample's first token
-            segment_ids[b, start:end] = segment
-            is_prefix[b, start : start + row["num_prefix"]] = True
-            start = end
+
+    def laid_out(values, padding):
+        """What each row of data has, (n,) or (2, n) -> (B, T) or (B, 2, T)."""
+        lines = (torch.cat([torch.as_tensor(values[i]) for i in packed], -1) for packed in bins)
+        return torch.stack([F.pad(line, (0, width - line.shape[-1]), value=padding) for line in lines])
+
+    labels = laid_out([[IGNORE, *row["labels"][1:]] for row in rows], IGNORE)  # nothing predicts a sample's first token
+    own = [row.get("position_ids") or positions(*sizes) for row, *sizes in zip(rows, lengths, prefixes)]
     batch = {
-        "input_ids": input_ids,
+        "input_ids": laid_out([row["input_ids"] for row in rows], pad_token_id),
         "labels": labels,
-        "position_ids": position_ids,
+        "position_ids": laid_out(own, 0),
         "target_index": target_index(labels),
     }
-    if is_prefix.any():
-        batch |= {"segment_ids": segment_ids, "is_prefix": is_prefix}
-    elif len(bins) < len(rows):
-        batch["segment_bounds"] = segment_bounds(segment_ids)
-    return batch
-
-
-def packed_positions(rows, positions, width):
-    """(width,) or (2, width) int64: each sample's own positions, where it has none `positions`, 0 for padding."""
-
-    def own(row):
-        if "position_ids" in row:
-            return torch.tensor(row["position_ids"])
-        return positions(len(row["input_ids"]), row["num_prefix"])
-
-    joined = torch.cat([own(row) for row in rows], -1)
-    return F.pad(joined, (0, width - joined.shape[-1]))
+    if not any(prefixes) and len(bins) == len(rows):
+        return batch
+    segment_of = {i: segment for packed in bins for segment, i in enumerate(packed)}
+    segment_ids = laid_out([[segment_of[i]] * length for i, length in enumerate(lengths)], -1)
+    if not any(prefixes):
+        return batch | {"segment_bounds": segment_bounds(segment_ids)}
+    is_prefix = [torch.arange(length) < prefix for length, prefix in zip(lengths, prefixes)]
+    return batch | {"segment_ids": segment_ids, "is_prefix": laid_out(is_prefix, False)}
 
 
 def segment_bounds(segment_ids):
@@ -176,34 +114,3 @@ def to_device(batch, device):
 def without_targets(row):
     """The same row with nothing to learn: it stands in where a rank has no row left but must join the others' work."""
     return {**row, "labels": [IGNORE] * len(row["labels"])}
-
-
-def describe_sample(row, tokenizer):
-    """One row as text, its targets between ⟦ and ⟧: what the model is asked and what it is taught.
-
-    Control characters are shown, never sent to a terminal.
-    """
-    parts, start = [], 0
-    flags = [label != IGNORE for label in row["labels"]]
-    for end in range(1, len(flags) + 1):
-        if end == len(flags) or flags[end] != flags[start]:
-            text = "".join(decode_with_names(row["input_ids"][start:end], tokenizer))
-            text = CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
-            parts.append(f"⟦{text}⟧" if flags[start] else text)
-            start = end
-    return "".join(parts)
-
-
-def decode_with_names(ids, tokenizer):
-    """Yield text, special tokens by name: decode() alone hides them in two of three modes."""
-    special = tokenizer.special_names()
-    run = []
-    for i in [*ids, None]:
-        if i is None or i in special:
-            if run:
-                yield tokenizer.decode(run, clean_up_tokenization_spaces=False)
-            run = []
-            if i is not None:
-                yield special[i]
-        else:
-            run.append(i)

@@ -1,8 +1,8 @@
 """Files -> rows, one at a time: JSONL, JSON arrays, CSV, TSV, Parquet (each also .gz), folders, and `datasets`.
 
-    for where, row in read_rows("data/spo_0.json"):            # where: "data/spo_0.json, line 1"
     for data_file in list_data_files("a.json:2,folder,hf://owner/name#test"):
-        for number, row in data_file.rows():                      # row: a dict, or Unreadable
+        for number, row in data_file.rows():        # row: a dict, or Unreadable
+            print(data_file.where(number))          # data/spo_0.json, line 1
 
 JSONL, CSV and Parquet are streamed; a JSON array is loaded whole. Not here: hashes, and blocks of a file (`blocks`).
 """
@@ -71,7 +71,7 @@ class DataFile:
                 empty = False
                 yield number, as_row(row)
         except GZIP_ERRORS as error:
-            raise UserError(f"{self.path}: not a whole gzip file ({error}).") from None
+            raise _not_whole(self.path, error) from None
         if empty:
             raise UserError(f"{self.path}: the {'array' if self.kind == 'array' else 'file'} is empty.")
 
@@ -79,15 +79,6 @@ class DataFile:
 def as_row(value):
     """The value if it is an object, else an Unreadable that says so."""
     return value if isinstance(value, (dict, Unreadable)) else Unreadable(f"expected an object, found {value!r:.60}.")
-
-
-def read_rows(path):
-    """Yield (where, dict) of everything `list_data_files` finds. Raises UserError naming what is wrong, and where."""
-    for data_file in list_data_files(path):
-        for number, row in data_file.rows():
-            if isinstance(row, Unreadable):
-                raise UserError(f"{data_file.where(number)}: {row.problem}")
-            yield data_file.where(number), row
 
 
 def occurrences(index, weight):
@@ -118,32 +109,27 @@ def _files_of(text):
         text, weight = match[1], Fraction(match[2])
     if weight <= 0:
         raise UserError(f"{text}:{float(weight):g}: a weight must be above 0; leave the file out.")
-    path = Path(text)
-    if text.startswith(HUB) or _is_saved(Path(text.partition("#")[0])):
+    path, saved = Path(text), Path(text.partition("#")[0])
+    if text.startswith(HUB) or any((saved / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return [DataFile(text, "datasets", weight)]
-    if path.is_dir():
-        files = [p for p in sorted(path.iterdir()) if p.is_file() and _suffix(p) in SUFFIXES and p.name[0] != "."]
-        if not files:
-            raise UserError(f"{text}: no file of {', '.join(SUFFIXES)} (or .gz) in this folder.")
-        return [_data_file(p, weight) for p in files]
-    if not os.path.isfile(text):
-        raise UserError(f"{text}: no such file. (A data set of the Hugging Face hub is {HUB}owner/name.)")
-    return [_data_file(path, weight)]
+    if not path.is_dir():
+        if not os.path.isfile(text):
+            raise UserError(f"{text}: no such file. (A data set of the Hugging Face hub is {HUB}owner/name.)")
+        return [DataFile(str(path), _kind(path), weight)]
+    files = [p for p in sorted(path.iterdir()) if p.is_file() and _suffix(p) in SUFFIXES and p.name[0] != "."]
+    if not files:
+        raise UserError(f"{text}: no file of {', '.join(SUFFIXES)} (or .gz) in this folder.")
+    return [DataFile(str(p), _kind(p), weight) for p in files]
 
 
-def _is_saved(path):
-    """Whether `datasets` saved this folder."""
-    return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+def _kind(path):
+    kind = _suffix(path)[1:]
+    return kind if kind in ("csv", "tsv", "parquet") else "array" if _is_array(path) else "lines"
 
 
 def _suffix(path):
     """The suffix that says what a file holds, without .gz."""
     return (path.with_suffix("") if _is_gzip(path) else path).suffix.lower()
-
-
-def _data_file(path, weight):
-    kind = {".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}.get(_suffix(path))
-    return DataFile(str(path), kind or ("array" if _begins_with(path, b"[") else "lines"), weight)
 
 
 def _is_gzip(path):
@@ -154,22 +140,20 @@ def _open(path):
     return gzip.open(path, "rb") if _is_gzip(path) else open(path, "rb")
 
 
-def _begins_with(path, mark):
-    """Whether `mark` is the first that is no white space or byte-order mark."""
+def _is_array(path):
+    """Whether the first that is no white space or byte-order mark is a [."""
     try:
         with _open(path) as file:
-            while block := file.read(4096):
-                if text := block.removeprefix(BOM).lstrip():
-                    return text.startswith(mark)
+            texts = (block.removeprefix(BOM).lstrip() for block in iter(partial(file.read, 4096), b""))
+            return next(filter(None, texts), b"").startswith(b"[")
     except GZIP_ERRORS as error:
-        raise UserError(f"{path}: not a whole gzip file ({error}).") from None
+        raise _not_whole(path, error) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error}).") from None
-    return False
 
 
-def _not_utf8(error):
-    return f"not UTF-8 (byte {error.start}). {CONVERT}"
+def _not_whole(path, error):
+    return UserError(f"{path}: not a whole gzip file ({error}).")
 
 
 def _read_lines(path):
@@ -209,13 +193,17 @@ def _parse(line):
         value, end = _decode(text)
         return value if end == len(text) else json.loads(text)  # which says what is wrong
     except UnicodeDecodeError as error:
-        return Unreadable(_not_utf8(error))
-    except json.JSONDecodeError as error:
-        hint = " Is an object spread over several lines? One row is one line." if text in "{[" else ""
-        return Unreadable(f"not JSON ({error.msg}): {text[:60]!r}{hint}")
+        return Unreadable(_problem(error))
     except (RecursionError, ValueError) as error:
-        problem = "nested too deep" if isinstance(error, RecursionError) else f"not JSON ({error})"
-        return Unreadable(f"{problem}: {text[:60]!r}")
+        hint = " Is an object spread over several lines? One row is one line." if text in "{[" else ""
+        return Unreadable(f"{_problem(error)}: {text[:60]!r}{hint}")
+
+
+def _problem(error):
+    """Why bytes are no JSON."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 (byte {error.start}). {CONVERT}"
+    return "nested too deep" if isinstance(error, RecursionError) else f"not JSON ({getattr(error, 'msg', error)})"
 
 
 def _read_array(path):
@@ -225,24 +213,24 @@ def _read_array(path):
     try:
         yield from enumerate(json.loads(content.decode("utf-8-sig")), 1)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: {_not_utf8(error)}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}).") from None
+        raise UserError(f"{path}: {_problem(error)}") from None
     except (RecursionError, ValueError) as error:
-        problem = "nested too deep" if isinstance(error, RecursionError) else f"not JSON ({error})"
-        raise UserError(f"{path}: {problem}.") from None
+        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise UserError(f"{path}{line}: {_problem(error)}.") from None
 
 
 def _read_table(delimiter, path):
     """CSV or TSV with a header; every value stays the text it is. A number is the row's first line."""
     csv.field_size_limit(MAX_LINE)  # of the whole process; the default is 128 KiB
-    kind, start = _suffix(Path(path))[1:].upper(), 1
+    kind, start, header = _suffix(Path(path))[1:].upper(), 1, None
     with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as file:
-        reader, header = csv.reader(file, delimiter=delimiter, strict=True), None
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
         try:
             for values in reader:
                 if header is None and values:
-                    header = _header(path, values)
+                    header = values
+                    if twice := [name for name, count in Counter(values).items() if count > 1]:
+                        raise UserError(f"{path}: two columns are named {twice[0]!r}. Rename one of them.")
                 elif values:
                     yield start, _table_row(header, values, delimiter)
                 start = reader.line_num + 1
@@ -251,12 +239,6 @@ def _read_table(delimiter, path):
             raise UserError(f"{path}, line {start} or later: not UTF-8 (byte {byte!r}). {CONVERT}") from None
         except csv.Error as error:
             raise UserError(f"{path}, line {start}: not {kind} ({error}).") from None
-
-
-def _header(path, names):
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise UserError(f"{path}: two columns are named {twice[0]!r}. Rename one of them.")
-    return names
 
 
 def _table_row(header, values, delimiter):

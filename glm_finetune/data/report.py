@@ -1,21 +1,25 @@
-"""What became of the rows of a data set: counts, lengths, bad rows.
+"""What became of the rows of a data set: counts, lengths, bad rows; and one of them as text.
 
 report = Report(settings.too_long)
 to_train_on = report.keep(prepare_row(where, row, settings))
-report.count(columns)
-report.add(of_other_rows)
 print(report)
 """
 
 import math
+import re
+from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import compress
+from itertools import accumulate, compress, groupby
 from pathlib import Path
 
 import numpy as np
 
+from glm_finetune.errors import UserError
+from glm_finetune.models.loss import IGNORE
+
 NUM_SHOWN = 5  # bad rows that an error lists
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 PERCENTILES = (50, 90, 99)
 SHOWN = ("rows", "kept", "question_cut", "answer_cut", "skipped", "no_target", "answer_empty")
 COUNTS = (*SHOWN, "tokens", "targets")
@@ -23,12 +27,8 @@ COUNTS = (*SHOWN, "tokens", "targets")
 
 def percentile(lengths, percent):
     """The length that `percent` % of the samples do not exceed; 0 without samples. lengths: Counter of lengths."""
-    rank, seen = max(1, math.ceil(lengths.total() * percent / 100)), 0
-    for length in sorted(lengths):
-        seen += lengths[length]
-        if seen >= rank:
-            return length
-    return 0
+    ordered, rank = sorted(lengths), max(1, math.ceil(lengths.total() * percent / 100))
+    return ordered[bisect_left([*accumulate(map(lengths.get, ordered))], rank)] if ordered else 0
 
 
 @dataclass
@@ -52,8 +52,7 @@ class Report:
     @classmethod
     def from_json(cls, fields):
         """The report whose `vars` were written as JSON, which knows no numbers as keys. Raises TypeError for others."""
-        lengths = Counter({int(length): count for length, count in fields["lengths"].items()})
-        return cls(**{**fields, "lengths": lengths})
+        return cls(**fields | {"lengths": Counter({int(length): n for length, n in fields["lengths"].items()})})
 
     def add(self, other):
         """Count the rows of another report too."""
@@ -67,8 +66,7 @@ class Report:
         self.rows += 1
         kept, has_target = [], False
         for one in rendered:
-            targets = compress(one.ids, one.draft.is_target)
-            learns = any(map(len, targets))
+            learns = any(map(len, compress(one.ids, one.draft.is_target)))
             has_target = has_target or learns
             self.question_cut += times * one.question_cut
             self.answer_cut += times * one.answer_cut
@@ -82,15 +80,13 @@ class Report:
 
     def count(self, columns):
         """Count samples to train on. columns: `columns.COLUMNS`."""
-        if not len(columns["index"]):
-            return
-        lengths = np.diff(columns["ends"], prepend=0)
-        num_targets = np.add.reduceat(columns["is_target"], columns["ends"] - lengths, dtype=np.int64)
-        lengths, num_targets = lengths[columns["index"]], num_targets[columns["index"]]
-        self.kept += len(lengths)
-        self.tokens += int(lengths.sum())
-        self.targets += int(num_targets.sum())
-        self.lengths.update(lengths.tolist())
+        index, lengths = columns["index"], np.diff(columns["ends"], prepend=0)
+        if len(index):
+            targets = np.add.reduceat(columns["is_target"], columns["ends"] - lengths, dtype=np.int64)
+            self.kept += len(index)
+            self.tokens += int(lengths[index].sum())
+            self.targets += int(targets[index].sum())
+            self.lengths.update(lengths[index].tolist())
 
     def add_bad(self, problem):
         """Count a row that is left out for what is wrong with it."""
@@ -111,30 +107,23 @@ class Report:
 
     def table(self):
         """The same as lines, for reading."""
-        num_samples = max(1, self.kept + self.skipped)
-        shares = {
-            "questions cut": self.question_cut / num_samples,
-            "answers cut": self.answer_cut / num_samples,
-            "dropped, too long": self.skipped / num_samples,
-            "empty answers": self.answer_empty / num_samples,
-            "targets": self.targets / max(1, self.tokens),
-        }
-        counts = {
-            "rows": self.rows,
-            "bad rows": len(self.bad),
-            "rows without target": self.no_target,
-            "samples": self.kept,
-            "questions cut": self.question_cut,
-            "answers cut": self.answer_cut,
-            "dropped, too long": self.skipped,
-            "empty answers": self.answer_empty,
-            "tokens": self.tokens,
-            "targets": self.targets,
-            **{f"{percent}% up to": percentile(self.lengths, percent) for percent in PERCENTILES},
-            "longest": self.longest,
-        }
-        for name, count in counts.items():
-            yield f"  {name:<20}{count:>12,}" + (f"  ({shares[name]:.1%})" if name in shares else "")
+        samples, tokens = max(1, self.kept + self.skipped), max(1, self.tokens)
+        counts = [
+            ("rows", self.rows, None),
+            ("bad rows", len(self.bad), None),
+            ("rows without target", self.no_target, None),
+            ("samples", self.kept, None),
+            ("questions cut", self.question_cut, samples),
+            ("answers cut", self.answer_cut, samples),
+            ("dropped, too long", self.skipped, samples),
+            ("empty answers", self.answer_empty, samples),
+            ("tokens", self.tokens, None),
+            ("targets", self.targets, tokens),
+            *((f"{percent}% up to", percentile(self.lengths, percent), None) for percent in PERCENTILES),
+            ("longest", self.longest, None),
+        ]
+        for name, count, of in counts:
+            yield f"  {name:<20}{count:>12,}" + (f"  ({count / of:.1%})" if of else "")
 
     def hints(self):
         """What the counts say that the user should know, one line each."""
@@ -148,14 +137,34 @@ class Report:
         if self.bad:
             yield f"{len(self.bad):,} bad rows were left out, the first: {self.bad[0]}"
 
+    def nothing_left(self, path):
+        """The UserError that there is no row to train on."""
+        bad = "".join(f"\n{problem}" for problem in self.bad[:NUM_SHOWN])
+        return UserError(
+            f"{path}: no row left to train on ({self}). For the skipped raise --max_len and --max_src_len or cut them "
+            f"(neither --is_skip nor --truncation drop); the others have no answer to train.{bad}"
+        )
+
 
 def write_bad_rows(path, *data_sets):
-    """List the bad rows that were skipped in a file, if there are any; returns its path or None.
-
-    data_sets: None is passed over.
-    """
-    bad = [problem for data in data_sets if data is not None for problem in data.report.bad]
+    """List the bad rows that were skipped in a file, if any were; returns its path or None. data_sets: some None."""
+    bad = [f"{problem}\n" for data in data_sets if data is not None for problem in data.report.bad]
     Path(path).unlink(missing_ok=True)  # of an earlier run
     if bad:
-        Path(path).write_text("".join(f"{problem}\n" for problem in bad), encoding="utf-8")
+        Path(path).write_text("".join(bad), encoding="utf-8")
     return path if bad else None
+
+
+def describe_sample(row, tokenizer):
+    """A row of a data set as text: its targets between ⟦ and ⟧, special tokens by name (decode() alone hides them in
+    two of three modes), control characters shown: never sent to a terminal.
+    """
+    parts, names = [], tokenizer.special_names()
+    for learns, pairs in groupby(zip(row["input_ids"], row["labels"]), lambda pair: pair[1] != IGNORE):
+        text = ""
+        for name, ids in groupby((i for i, _ in pairs), names.get):
+            ids = [*ids]
+            text += name * len(ids) if name else tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        text = CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
+        parts.append(f"⟦{text}⟧" if learns else text)
+    return "".join(parts)

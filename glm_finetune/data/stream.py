@@ -8,6 +8,7 @@ there without reading what came before.
 """
 
 from bisect import bisect_right
+from itertools import islice
 
 from glm_finetune.data.blocks import check_unchanged, layout_of, signatures
 from glm_finetune.data.cache import naming_the_cache
@@ -28,7 +29,7 @@ class Stream:
         one sample each.
         """
         self.data_files, self.window, self._blocks, self._first_rows, num_rows = data_files, window, [], [], 0
-        before = signatures(data_files)
+        self._before = signatures(data_files)
         for position, data_file in enumerate(data_files):
             if not data_file.has_blocks or data_file.weight != 1:
                 problem = f"has the weight {float(data_file.weight):g}" if data_file.has_blocks else "is none"
@@ -42,7 +43,7 @@ class Stream:
                 self._blocks.append((position, block))
                 self._first_rows.append(num_rows + block.first_row)
             num_rows += layout.num_rows
-        self.report, self._before = Report(rows=num_rows, streamed=True), before
+        self.report = Report(rows=num_rows, streamed=True)
         self._settings = [of_file(data_file, settings) for data_file in data_files]
         self._windows = {}  # number of a window: its rows; the newest two, since a step may span two
         for data_file, known in zip(data_files, self._settings):
@@ -57,9 +58,9 @@ class Stream:
         position, number, row = self._row(index)
         return sample_of(self.data_files[position].where(number), row, self._settings[position])
 
-    def where(self, index):
-        position, number, _ = self._row(index)
-        return self.data_files[position].where(number)
+    def place(self, index):
+        """(which of the files, number in it) of a row."""
+        return self._row(index)[:2]
 
     def _row(self, index):
         """(which file, number in it, dict or Unreadable)."""
@@ -74,16 +75,11 @@ class Stream:
 
     def _read(self, start, end):
         at = bisect_right(self._first_rows, start) - 1
-        row_number = self._first_rows[at]
-        while row_number < end:
-            position, block = self._blocks[at]
-            for number, row in block.rows():
-                if row_number >= end:
-                    return
-                if row_number >= start:
-                    yield position, number, row
-                row_number += 1
-            at += 1
+        for row_number, (position, block) in zip(self._first_rows[at:], self._blocks[at:]):
+            if row_number >= end:
+                return
+            for number, row in islice(block.rows(), max(start - row_number, 0), end - row_number):
+                yield position, number, row
 
 
 def sample_of(where, row, settings):

@@ -6,7 +6,7 @@ import json
 
 import torch
 
-from glm_finetune.data.dataset import describe_sample
+from glm_finetune.data.report import describe_sample
 from glm_finetune.record import PACKAGES
 from glm_finetune.run.optim import num_warmup_steps
 from glm_finetune.tuning import unused_flags
