@@ -61,17 +61,12 @@ def train(run):
 def log(run, lr, meter):
     """One line of numbers. All ranks must call."""
     loss, tokens_per_s = meter.read()
-    counts = {"skipped_fp16": run.guard.skipped, "skipped_nonfinite": run.guard.nonfinite}
-    run.tracker.log(
-        run.progress.step,
-        epoch=run.progress.epoch + run.progress.rows / len(run.rows),
-        loss=loss,
-        lr=lr,
-        grad_norm=float(run.engine.get_global_grad_norm() or 0.0),  # inf where fp16 overflowed
-        tokens_per_s=tokens_per_s,
-        peak_gib=peak_gib(run.device),
-        **{name: count for name, count in counts.items() if count},
-    )
+    epoch = run.progress.epoch + run.progress.rows / len(run.rows)
+    grad_norm = float(run.engine.get_global_grad_norm() or 0.0)  # inf where fp16 overflowed
+    numbers = dict(epoch=epoch, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=tokens_per_s)
+    skipped = {"skipped_fp16": run.guard.skipped, "skipped_nonfinite": run.guard.nonfinite}
+    skipped = {name: count for name, count in skipped.items() if count}
+    run.tracker.log(run.progress.step, **numbers, peak_gib=peak_gib(run.device), **skipped)
     meter.start()
 
 
@@ -79,7 +74,7 @@ def save(run):
     """Evaluate where there is data for it, then write a checkpoint. All ranks must call."""
     if (eval_loss := None if run.eval_rows is None else evaluate(run)) is not None:
         run.tracker.log(run.progress.step, eval_loss=eval_loss)
-    run.tracker.say(f"saved {run.saver.save(run.progress, run.state(), eval_loss)}")
+    run.save(eval_loss)
 
 
 @torch.no_grad()

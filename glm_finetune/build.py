@@ -4,7 +4,6 @@ folder = find_model_folder("output/epoch-1-step-100")        # what it is, and w
 tokenizer, model = load_model_folder(folder, "bf16", device)
 """
 
-import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 from glm_finetune.errors import UserError, raise_together, unknown_choice
 from glm_finetune.models.original import DTYPES
 from glm_finetune.modes import MODE, mode_of, refuse_architecture, refuse_others
-from glm_finetune.record import Prompt, lacks_prompt, prompt_of, read_record
+from glm_finetune.record import Prompt, prompt_of, read_record
 from glm_finetune.tuning.adapter import load_adapter
 from glm_finetune.tuning.ptuning import is_prefix_folder, load_prefix
 from glm_finetune.weights import OnDevice, read_json, weight_files
@@ -25,48 +24,45 @@ def check_base(mode, folder, max_len=0):
     """
     config = config_of(mode, folder)
     weight_files(folder)
-    if config.source.get("quantization_bit"):
-        raise UserError(
-            f"{folder}: quantised to {config.source['quantization_bit']} bits (its config.json); give the "
-            "original checkpoint in 16 bit."
-        )
-    if config.source.get("rope_ratio", 1) != 1:
-        raise UserError(
-            f"{folder}: rope_ratio is {config.source['rope_ratio']} in its config.json; models with stretched "
-            "positions (the 32k variants) are not supported."
-        )
+    if config.source.get("quantization_bit") or config.source.get("rope_ratio", 1) != 1:
+        _refuse_variant(folder, config.source)
     refuse_others(mode, folder, config.source)
     if max_len > config.max_positions:
         raise UserError(f"--max_len {max_len}: {folder} was made for {config.max_positions} tokens (its config.json).")
     tokenizer = mode.tokenizer.from_pretrained(folder)
-    # Checkpoints pad the vocabulary by a few hundred rows at most; a tokenizer far smaller than that is another
-    # model's.
-    if not 0.8 * config.vocab_size <= len(tokenizer) <= config.vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer has {len(tokenizer):,} ids, the model {config.vocab_size:,}: "
-            f"{tokenizer.model_file} belongs to another checkpoint."
-        )
-    for field in ("bos_token_id", "eos_token_id", "gmask_token_id"):
-        expected = config.source.get(field)
-        if expected is not None and expected != getattr(tokenizer, field):
-            raise UserError(
-                f"{folder}: {field} is {expected} in config.json and {getattr(tokenizer, field)} in "
-                f"{tokenizer.model_file}: the tokenizer belongs to another checkpoint."
-            )
+    for problem in _of_another(tokenizer, config):
+        raise UserError(f"{folder}: {problem} belongs to another checkpoint.")
     return tokenizer, config
+
+
+def _refuse_variant(folder, source):
+    if bits := source.get("quantization_bit"):
+        raise UserError(
+            f"{folder}: quantised to {bits} bits (its config.json); give the original checkpoint in 16 bit."
+        )
+    stretched = "models with stretched positions (the 32k variants) are not supported"
+    raise UserError(f"{folder}: rope_ratio is {source['rope_ratio']} in its config.json; {stretched}.")
+
+
+def _of_another(tokenizer, config):
+    """What of a tokenizer is not the model's. Checkpoints pad the vocabulary by a few hundred rows at most."""
+    ids, size, file = len(tokenizer), config.vocab_size, tokenizer.model_file
+    if not 0.8 * size <= ids <= size:
+        yield f"the tokenizer has {ids:,} ids, the model {size:,}: {file}"
+    for field in ("bos_token_id", "eos_token_id", "gmask_token_id"):
+        if config.source.get(field) not in (None, own := getattr(tokenizer, field)):
+            yield f"{field} is {config.source[field]} in config.json and {own} in {file}: the tokenizer"
 
 
 def config_of(mode, folder):
     """The configuration of a base folder. Raises UserError if there is none or it is of another architecture."""
-    path = Path(folder) / "config.json"
-    if path.is_file():
+    if (path := Path(folder) / "config.json").is_file():
         refuse_architecture(mode, path, read_json(path))
     return mode.config.from_pretrained(folder)
 
 
 def load_base(mode, folder, place, gradient_checkpointing=False):
-    """The base model, its weights where `choose_place` says, in eval mode. Raises UserError for weights that do not
-    fit."""
+    """The base model in eval mode, its weights at `place`. Raises UserError for weights that do not fit."""
     model = mode.model.from_pretrained(folder, place=place)
     if gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -114,15 +110,11 @@ def find_model_folder(folder, mode_name=None, base=None, flags=None):
     mode = MODE.get(mode_name) if mode_name else _mode_of(base)
     if mode is None:
         raise UserError(f"{folder}: which member of the family is it? Give --mode ({', '.join(MODE)}).")
-    given = {item.name: getattr(flags, item.name, None) for item in dataclasses.fields(Prompt)}
-    given = {name: value for name, value in given.items() if value is not None}
-    if record and lacks_prompt({**record, **given}):
-        print(
-            f"{folder}: an earlier version merged it and did not record the prompt of its training: give --prompt_text "
-            "where one was used.",
-            file=sys.stderr,
-        )
-    prompt = dataclasses.replace(prompt_of(record), **given)
+    asked = {name: value for name, value in vars(flags).items() if value is not None} if flags else {}
+    prompt, is_known = prompt_of(record, asked)
+    if record and not is_known:
+        hint = "an earlier version merged it and did not record the prompt of its training"
+        print(f"{folder}: {hint}: give --prompt_text where one was used.", file=sys.stderr)
     is_bare = not record and not is_adapter
     return ModelFolder(mode, base, folder if is_adapter else None, prompt, is_bare, is_prefix)
 
@@ -134,20 +126,16 @@ def _recorded_base(folder, record):
     for path in filter(None, recorded):
         if (Path(path) / "config.json").is_file():
             return path
-    raise UserError(
-        f"{folder}: its base checkpoint is not at {next(filter(None, recorded), 'a recorded place')} any more. "
-        "Say where it is with --ori_model_dir."
-    )
+    place = next(filter(None, recorded), "a recorded place")
+    raise UserError(f"{folder}: its base checkpoint is not at {place} any more. Say where it is with --ori_model_dir.")
 
 
 def _mode_of(base):
     """The Mode of a base that nothing is recorded of, or None. Raises UserError where there is no config.json."""
     if not (base / "config.json").is_file():
-        inside = sorted(path.parent.name for path in base.glob("*/*config.json"))
-        raise UserError(
-            f"{base}: has no config.json; expected a checkpoint or an adapter (adapter_config.json)."
-            + (f" Give one of the folders in it: {', '.join(dict.fromkeys(inside))}." if inside else "")
-        )
+        inside = sorted({path.parent.name for path in base.glob("*/*config.json")})
+        hint = f" Give one of the folders in it: {', '.join(inside)}." if inside else ""
+        raise UserError(f"{base}: has no config.json; expected a checkpoint or an adapter (adapter_config.json).{hint}")
     return mode_of(read_json(base / "config.json"), base.resolve().name)
 
 

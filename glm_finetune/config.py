@@ -14,7 +14,7 @@ class SettingsFlags(Flags):
     """Where flags come from."""
 
     config: str | None = flag(
-        "YAML or JSON file of flags, or train_config.json of a run; the command line wins", None, "settings"
+        "YAML or JSON file of flags, or train_config.json of a run; the command line wins", None, group="settings"
     )
 
 
@@ -23,7 +23,3 @@ class TrainConfig(  # --help begins with the last
     MemoryFlags, OptimizationFlags, TuningFlags, OutputFlags, BatchFlags, ModelFlags, SettingsFlags, DataFlags
 ):
     """Flags of train.py. Names and defaults are ChatGLM-Finetuning's, except where its default could not run."""
-
-    def problems(self):
-        for room in reversed(type(self).__bases__):
-            yield from room.problems(self)

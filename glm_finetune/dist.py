@@ -1,6 +1,6 @@
-"""Ranks and devices: who am I, sums over all ranks, seeds. Works without a launcher and without DeepSpeed.
+"""Ranks and devices: who am I, sums over all ranks, seeds. The only file that reads what launchers set.
 
-The only file that reads what launchers set in the environment.
+Works without a launcher and without DeepSpeed: rank(), world_size(), choose_device() -> 0, 1, cpu
 """
 
 import os
@@ -11,7 +11,7 @@ import numpy
 import torch
 import torch.distributed as dist
 
-from glm_finetune.errors import NotWritten, UserError
+from glm_finetune.errors import UserError
 
 
 def rank():
@@ -32,24 +32,27 @@ def launch_environment():
 
     Raises UserError for a launcher that set a part of it, or numbers that do not go together.
     """
-    os.environ.update({} if "RANK" in os.environ else {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
+    os.environ.update({} if "RANK" in os.environ else dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1"))
     rank, world_size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
     needed = ("WORLD_SIZE",) if world_size in ("", "1") else ("MASTER_ADDR", "MASTER_PORT")
     missing = ", ".join(name for name in needed if not os.environ.get(name))
     if missing or not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
-        raise UserError(
-            f"RANK={rank} is set in the environment, WORLD_SIZE={world_size or 'unset'}"
-            + (f", without {missing}" if missing else ", which do not go together")
-            + ". Start train.py with deepspeed or torchrun, or give each process RANK, LOCAL_RANK, WORLD_SIZE, "
-            "MASTER_ADDR and MASTER_PORT (mpirun gives other names); for a single process unset RANK."
-        )
-    os.environ.setdefault("LOCAL_RANK", rank)
+        _refuse_environment(rank, world_size, missing)
+    default = {"LOCAL_RANK": rank}
     if world_size == "1":
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-        for name, value in {"LOCAL_SIZE": "1", "LOCAL_WORLD_SIZE": "1", **alone}.items():
-            os.environ.setdefault(name, value)
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            default |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(probe.getsockname()[1]))
+        default |= dict(LOCAL_SIZE="1", LOCAL_WORLD_SIZE="1")
+    os.environ.update(default | os.environ)
+
+
+def _refuse_environment(rank, world_size, missing):
+    raise UserError(
+        f"RANK={rank} is set in the environment, WORLD_SIZE={world_size or 'unset'}"
+        + (f", without {missing}" if missing else ", which do not go together")
+        + ". Start train.py with deepspeed or torchrun, or give each process RANK, LOCAL_RANK, WORLD_SIZE, "
+        "MASTER_ADDR and MASTER_PORT (mpirun gives other names); for a single process unset RANK."
+    )
 
 
 def is_main():
@@ -71,10 +74,7 @@ def sum_over_ranks(tensor):
 
 
 def sums_over_ranks(values, device):
-    """Sums of Python numbers over all ranks, as floats (exact for whole numbers). All ranks must call.
-
-    CPU-GPU sync.
-    """
+    """Sums of Python numbers over all ranks, as floats (exact for whole numbers). CPU-GPU sync; all ranks must call."""
     return sum_over_ranks(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
 
 
@@ -84,31 +84,34 @@ def barrier():
         dist.barrier()
 
 
-def all_agree(problem):
-    """Raise on every rank if rank 0 has a problem (text, or None), so that no rank waits for one that gave up.
+def all_agree(error):
+    """Raise rank 0's error, if it has one, on every rank, so that none waits for one that gave up. All must call."""
+    if error := from_main(error):
+        raise error
 
-    All ranks must call.
-    """
-    problem = from_main(problem)
-    if problem is not None:
-        raise NotWritten(problem)
+
+def on_main(function, *arguments):
+    """function(*arguments) on rank 0, None elsewhere; its UserError is raised on every rank. All ranks must call."""
+    result = error = None
+    try:
+        result = function(*arguments) if is_main() else None
+    except UserError as problem:
+        error = problem
+    all_agree(error)
+    return result
 
 
 def gather_objects(value):
     """The values of all ranks, in their order. All ranks must call; `value` is pickled, keep it small."""
-    values = [value]
-    if world_size() > 1:
-        values = [None] * world_size()
+    values = [value] * world_size()
+    if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
 
 
 def from_main(value):
     """Rank 0's value on every rank. All ranks must call."""
-    values = [value]
-    if world_size() > 1:
-        dist.broadcast_object_list(values, src=0)
-    return values[0]
+    return gather_objects(value)[0]
 
 
 def choose_device(wanted=None):
@@ -119,24 +122,23 @@ def choose_device(wanted=None):
     num_cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "cpu" or (wanted is None and num_cards == 0):
         return torch.device("cpu")
+    return _choose_card(wanted or "cuda", num_cards)
+
+
+def _choose_card(wanted, num_cards):
     index = int(os.environ.get("LOCAL_RANK", 0))
     last = max(index, int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)  # every rank sees it if any has no card
-    if wanted not in (None, "cuda"):
+    if wanted != "cuda":
         if not str(wanted).isdecimal():
             raise UserError(f"--device {wanted}: expected cpu, cuda or the number of a card.")
         index = last = int(wanted)
     if last >= num_cards:
         raise UserError(
-            f"--device {wanted or 'cuda'}: card {last} was asked for, this machine shows {num_cards} (torch "
+            f"--device {wanted}: card {last} was asked for, this machine shows {num_cards} (torch "
             f"{torch.__version__}, CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}). "
             "Use --device cpu, or install the CUDA build of torch and a driver."
         )
     return torch.device("cuda", index)
-
-
-def has_bf16(device):
-    """Whether a card computes in bf16 (compute capability 8.0, Ampere); torch also counts slow emulation."""
-    return torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def choose_precision(wanted, device):
@@ -144,15 +146,13 @@ def choose_precision(wanted, device):
 
     Raises UserError for a precision that the device cannot train in.
     """
-    if wanted is None:
-        if device.type == "cpu":
-            return "fp32"
-        return "bf16" if has_bf16(device) else "fp16"
+    # A card computes in bf16 from compute capability 8.0 (Ampere) on; torch also counts slow emulation.
+    old_card = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
     if wanted == "fp16" and device.type == "cpu":
         raise UserError("--precision fp16: DeepSpeed has no fp16 on CPUs. Use bf16 or fp32.")
-    if wanted == "bf16" and device.type == "cuda" and not has_bf16(device):
+    if wanted == "bf16" and old_card:
         raise UserError(f"--precision bf16: {torch.cuda.get_device_name(device)} has no bf16. Use fp16 or fp32.")
-    return wanted
+    return wanted or ("fp32" if device.type == "cpu" else "fp16" if old_card else "bf16")
 
 
 def seed_all(seed):

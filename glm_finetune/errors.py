@@ -30,14 +30,13 @@ class OutOfMemory(UserError, MemoryError):
 def unknown_choice(name, value, allowed):
     """Yield a problem, with the nearest allowed value, unless `value` is None or allowed."""
     if value is not None and value not in allowed:
-        near = difflib.get_close_matches(str(value).lower(), map(str, allowed), 1, cutoff=0.7)
-        yield f"--{name} {value!r}: must be one of {', '.join(map(str, allowed))}." + (
-            f" Did you mean {near[0]}?" if near else ""
-        )
+        names = [str(choice) for choice in allowed]
+        near = difflib.get_close_matches(str(value).lower(), names, 1, cutoff=0.7)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        yield f"--{name} {value!r}: must be one of {', '.join(names)}.{hint}"
 
 
 def raise_together(problems):
     """Raise one UserError with every problem, if there is any."""
-    problems = list(problems)
-    if problems:
-        raise UserError("\n".join(problems))
+    if text := "\n".join(problems):
+        raise UserError(text)

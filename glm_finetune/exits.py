@@ -1,9 +1,6 @@
 """How a script ends: a UserError as one message, a bug with its traceback, a lost rank with the other's words last.
 
-exit_with_message(main)
-
-A script ends with 0 when all is done, 2 for the user's fault, 1 for any other error and when a rank lost the others; a
-training run also with 75, see `run.stop`.
+exit_with_message(main)    # ends with 0, 2 for the user's fault, 1 for all else; a run also with 75 (`run.stop`)
 """
 
 import errno
@@ -41,9 +38,7 @@ KILLED = (
 def exit_with_message(main):
     """Run a script's main(), which may return an exit code; a UserError becomes a message and exit code 2.
 
-    Where rank 0 says the same, only it speaks. Any other error keeps its traceback, exit code 1. A rank that only lost
-    the others says so, and one of these repeats the words of the rank that failed, so that they come last. With
-    GLM_FINETUNE_TRACEBACK=1 in the environment there is always a traceback.
+    Any other error keeps its traceback, exit code 1; all do with GLM_FINETUNE_TRACEBACK=1 in the environment.
     """
     try:
         code = main()
@@ -52,28 +47,32 @@ def exit_with_message(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
         _leave(1)
     except Exception as error:  # nothing is swallowed: it is printed, kept for the other ranks, and ends the process
-        if isinstance(error, UserError) or getattr(error, "errno", None) in OF_THE_DISK:
-            if os.environ.get("GLM_FINETUNE_TRACEBACK"):
-                traceback.print_exc()
-            for bar in list(getattr(tqdm, "_instances", ())):  # the words begin on a line of their own
-                bar.close()
-            _say(str(error))
-            _leave(2)
-        if dist.world_size() == 1:
-            raise
-        if isinstance(error, RuntimeError) and re.search(LOST, str(error), re.IGNORECASE):
-            _say_lost(error)
-        else:
-            traceback.print_exc()
-            _remember(traceback.format_exc().strip())
-        _leave(1)
+        _end_with(error)
     if code:
         _finish_undisturbed()
         sys.exit(code)
 
 
+def _end_with(error):
+    if isinstance(error, UserError) or getattr(error, "errno", None) in OF_THE_DISK:
+        if os.environ.get("GLM_FINETUNE_TRACEBACK"):
+            traceback.print_exc()
+        for bar in list(getattr(tqdm, "_instances", ())):  # the words begin on a line of their own
+            bar.close()
+        _say(str(error))
+        _leave(2)
+    if dist.world_size() == 1:
+        raise error
+    if isinstance(error, RuntimeError) and re.search(LOST, str(error), re.IGNORECASE):
+        _say_lost(error)
+    else:
+        traceback.print_exc()
+        _remember(traceback.format_exc().strip())
+    _leave(1)
+
+
 def share_words():
-    """Open a file in which the ranks of a machine leave their last words for one another. All ranks must call.
+    """Open a file in which the ranks of a machine leave their last words. All ranks must call.
 
     It has no name once all have opened it, so that nothing is left of it however they end.
     """
@@ -123,8 +122,9 @@ def _say(text):
 def _say_lost(error):
     """The words of a rank that only lost the others; repeats those of the rank that failed unless another does."""
     _finish_undisturbed()
-    first_line = str(error).strip().splitlines()[0][:200]
-    print(f"\nrank {dist.rank()} lost the others: {first_line}", file=sys.stderr, flush=True)
+    print(
+        f"\nrank {dist.rank()} lost the others: {str(error).strip().splitlines()[0][:200]}", file=sys.stderr, flush=True
+    )
     told = _remember(None)
     causes = [f"rank {rank}: {words}" for rank, words, _ in told if words is not None] or [KILLED]
     lost = [(rank, at) for rank, words, at in told if words is None]
@@ -144,8 +144,7 @@ def _leave(code):
     sys.stdout.flush()
     sys.stderr.flush()
     if dist.world_size() > 1:
-        for thread in threading.enumerate():
-            if not thread.daemon and thread is not threading.main_thread():
-                thread.join()
+        for thread in [t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]:
+            thread.join()
         os._exit(code)
     sys.exit(code)

@@ -1,7 +1,6 @@
 """Dataclass fields -> command line flags, with help in groups, a configuration file behind them, and helpful errors.
 
 config = parse(TrainConfig, sys.argv[1:])   # or a UserError that lists every problem at once
-config.given                                # names of the flags that were set, on the command line or in --config
 """
 
 import argparse
@@ -9,24 +8,34 @@ import dataclasses
 import difflib
 import json
 import math
-import types
 import typing
+from contextlib import suppress
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 
-from glm_finetune.errors import UserError, raise_together
+from glm_finetune.errors import UserError, raise_together, unknown_choice
 
 NOT_FROM_RECORD = ("config", "resume", "force", "overwrite_output_dir", "local_rank", "deepspeed", "deepspeed_config")
+PRECISIONS = ("bf16", "fp16", "fp32")
+POSITIVE, NOT_NEGATIVE, SHARE = "must be above 0", "must not be negative", "must be between 0 and 1"
+DROPOUT, SEED = "must be at least 0 and below 1 (1 drops everything)", f"must be between 0 and {2**32 - 1}"
+RULES = {
+    POSITIVE: lambda value: value > 0,
+    NOT_NEGATIVE: lambda value: value >= 0,
+    SHARE: lambda value: 0 <= value <= 1,
+    DROPOUT: lambda value: 0 <= value < 1,
+    SEED: lambda value: 0 <= value < 2**32,  # numpy and torch both take it
+}
 
 
-def flag(help, default=dataclasses.MISSING, group=None):
-    """A dataclass field with what `--help` says of it. group: heading of this flag and those after it."""
-    return field(default=default, metadata={"help": help, "group": group})
+def flag(help, default=dataclasses.MISSING, allowed=(), group=None):
+    """A dataclass field, its text in `--help`. allowed: choices, or one of RULES. group: heading from here on."""
+    return field(default=default, metadata={"help": help, "group": group, "allowed": allowed})
 
 
 @dataclass(kw_only=True)
 class Flags:
-    """What every class of flags has. given: names of those that were set."""
+    """What every class of flags has. given: names of those that were set, on the command line or in --config."""
 
     given: InitVar[frozenset] = frozenset()
 
@@ -35,21 +44,12 @@ class Flags:
 
     def problems(self):
         """Everything wrong with these flags, one line each."""
-        return ()
-
-
-def not_positive(config, *names):
-    """Yield a problem for each number that is set and not above 0."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value <= 0:
-            yield f"--{name} {value}: must be above 0."
-
-
-def bad_seed(seed):
-    """Yield a problem unless numpy and torch both take the seed."""
-    if not 0 <= seed < 2**32:
-        yield f"--seed {seed}: must be between 0 and {2**32 - 1}."
+        for item in dataclasses.fields(self):
+            value, allowed = getattr(self, item.name), item.metadata["allowed"]
+            if allowed in RULES and value is not None and not RULES[allowed](value):
+                yield f"--{item.name} {value}: {allowed}."
+            elif allowed and allowed not in RULES:
+                yield from unknown_choice(item.name, value, allowed)
 
 
 def parse(config_class, arguments, description=None):
@@ -59,47 +59,41 @@ def parse(config_class, arguments, description=None):
     Raises UserError naming every unknown flag (with the nearest) and every problem.
     """
     fields = {item.name: item for item in dataclasses.fields(config_class)}
-    values, unknown = _parser(config_class, fields, description).parse_known_args(arguments)
-    values, problems = vars(values), [*_unknown_flags(unknown, fields)]
-    given = set(values)
-    if values.get("config"):
-        from_file, set_there, more = read_config_file(values["config"], fields)
-        values, problems, given = {**from_file, **values}, [*more, *problems], given | set_there
-    for name, item in fields.items():
-        if item.default is dataclasses.MISSING and not values.get(name):
-            problems.append(f"--{name} must be given: {item.metadata['help']}.")
-            values[name] = ""
-    config = config_class(**values, given=frozenset(given))
+    found, unknown = _parser(config_class, fields, description).parse_known_args(arguments)
+    given, values, problems = set(vars(found)), {}, []
+    if vars(found).get("config"):
+        values, set_there, problems = read_config_file(found.config, fields)
+        given |= set_there
+    values |= vars(found)
+    missing = [name for name, item in fields.items() if item.default is dataclasses.MISSING and not values.get(name)]
+    config = config_class(**values | dict.fromkeys(missing, ""), given=frozenset(given))
+    problems += _unknown_flags(unknown, fields)
+    problems += (f"--{name} must be given: {fields[name].metadata['help']}." for name in missing)
     raise_together([*problems, *config.problems()])
     return config
 
 
 def _parser(config_class, fields, description):
-    parser = _Parser(
-        description=description or config_class.__doc__.splitlines()[0],
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = group = _Parser(
+        description=description or config_class.__doc__.splitlines()[0], allow_abbrev=False, formatter_class=shape
     )
-    group = parser
+    endings = {dataclasses.MISSING: " (must be given)", None: ""}
     for name, item in fields.items():
         if item.metadata["group"]:
             group = parser.add_argument_group(item.metadata["group"])
         kind, text = _value_type(item.type), item.metadata["help"].replace("%", "%%")
-        if item.default is dataclasses.MISSING:
-            text += " (must be given)"
-        elif item.default is not None:
-            text += f" (default: {item.default})"
-        options = {"nargs": "?", "const": True} if kind is bool else {}
-        group.add_argument(f"--{name}", type=_reader(kind), help=text, metavar=kind.__name__.upper(), **options)
+        text += endings.get(item.default, f" (default: {item.default})")
+        options = dict(type=_reader(kind), metavar=kind.__name__.upper(), default=argparse.SUPPRESS, help=text)
+        group.add_argument(f"--{name}", **options, **({"nargs": "?", "const": True} if kind is bool else {}))
     return parser
 
 
 def read_config_file(path, fields):
     """({name: value}, names that were set, problems) of a YAML or JSON file of flags, or of a run's train_config.json.
 
-    A record has every flag and the names of those that were set; flags that belong to one start only (NOT_FROM_RECORD)
-    are left out. Raises UserError naming a file that is missing or unreadable.
+    A record has every flag and the names of those that were set; NOT_FROM_RECORD belong to one start only, and are left
+    out. Raises UserError naming a file that is missing or unreadable.
     """
     path = Path(path)
     if not path.is_file():
@@ -107,11 +101,10 @@ def read_config_file(path, fields):
     found = _read(path)
     if not isinstance(found, dict):
         raise UserError(f"--config {path}: expected names of flags with their values, found {str(found)[:60]!r}.")
-    given = None
+    values, problems, given = {}, [], None
     if "format_version" in found and isinstance(found.get("flags"), dict):
         given = set(found.get("given", found["flags"]))
         found = {name: value for name, value in found["flags"].items() if name not in NOT_FROM_RECORD}
-    values, problems = {}, []
     for name, value in found.items():
         name = str(name).removeprefix("--")
         if name not in fields:
@@ -125,32 +118,27 @@ def read_config_file(path, fields):
 
 
 def _read(path):
-    text = path.read_text(encoding="utf-8-sig")
-    if path.suffix == ".json":
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"--config {path}: not valid JSON ({error}).") from None
     import yaml
 
+    text = path.read_text(encoding="utf-8-sig")
     try:
-        return yaml.safe_load(text)
+        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"--config {path}: not valid JSON ({error}).") from None
     except yaml.YAMLError as error:
         raise UserError(f"--config {path}: not valid YAML ({' '.join(str(error).split())}).") from None
 
 
 def _from_file(value, kind):
     """A value of a file as its flag takes it; a list becomes the comma list that the flag would be."""
-    if isinstance(value, list):
-        value = ",".join(map(str, value))
+    value = ",".join(map(str, value)) if isinstance(value, list) else value
     if isinstance(value, dict) or (isinstance(value, bool) and kind is not bool):
         raise UserError(f"expected something like --flag {kind.__name__.upper()}")
     return _reader(kind)(str(value))
 
 
 def _unknown_flags(unknown, fields):
-    names = [f"--{name}" for name in fields]
-    flags = [text for text in unknown if text.startswith("-")]
+    flags, names = [text for text in unknown if text.startswith("-")], [f"--{name}" for name in fields]
     yield from (_nearest(text.split("=")[0], names, f"unknown flag {text}.") for text in flags)
     yield from (f"{text!r} belongs to no flag." for text in unknown if not flags)
 
@@ -167,9 +155,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _value_type(annotation):
     """int | None -> int."""
-    if isinstance(annotation, types.UnionType):
-        return next(part for part in typing.get_args(annotation) if part is not type(None))
-    return annotation
+    return next(iter(typing.get_args(annotation)), annotation)
 
 
 def _reader(kind):
@@ -178,13 +164,10 @@ def _reader(kind):
 
 def parse_float(text):
     """Text -> float; Python's own float() also takes nan and inf, which pass comparisons and poison every weight."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"expected a finite number, not {text!r}")
-    return value
+    with suppress(ValueError):
+        if math.isfinite(value := float(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"expected a finite number, not {text!r}")
 
 
 def parse_bool(text):

@@ -6,6 +6,8 @@
 The only place that calls transformers' `generate`. Text -> ids is `Mode.render`'s, ids -> text the tokenizer's.
 """
 
+from itertools import takewhile
+
 import torch
 from transformers.generation.streamers import BaseStreamer
 
@@ -31,16 +33,12 @@ def generate(model, tokenizer, mode, prompts, max_new_tokens, on_token=None, num
         num_beams=num_beams,
         **{"do_sample": False, **sampling},
     )
-    answers = [before_stop(ids[:limit], stop) for ids, limit in zip(output[:, width:].tolist(), max_new_tokens)]
+    rows = (ids[:limit] for ids, limit in zip(output[:, width:].tolist(), max_new_tokens))
+    answers = [list(takewhile(lambda token: token not in stop, ids)) for ids in rows]
     if on_token and num_beams > 1:
         for token in answers[0]:
             on_token(token)
     return answers
-
-
-def before_stop(ids, stop):
-    """Generated ids up to the first stop token."""
-    return ids[: next((i for i, token in enumerate(ids) if token in stop), len(ids))]
 
 
 def sampling_of(config):

@@ -1,7 +1,7 @@
 """train_config.json: what is known of a model folder. Written by training, copied and added to by merging, read by all.
 
     write_record(train_record(config, train_type, tokenizer, world_size), folder)
-    prompt_of(read_record(folder))      # Prompt(template="train", prompt_text=None)
+    prompt_of(read_record(folder), {})      # (Prompt(template="train", prompt_text=None), True)
 
 Only these functions know the file. What a later step must know belongs into it, not into a file of its own.
 """
@@ -24,13 +24,18 @@ PACKAGES = ("torch", "transformers", "peft", "deepspeed", "sentencepiece")
 # The data flags, all of which shape a run's samples, with what was done in checkpoints from before a flag was there.
 SAMPLES = {item.name: item.default for item in dataclasses.fields(DataFlags)}
 SAMPLES |= {"end_cut_answers": True, "objective": "instruct"}
+ORDER = (
+    "group_by_length",
+    "streaming",
+    "shuffle_buffer",
+)  # flags that decide the order of the data, where they are set
 
 
 @dataclass(frozen=True)
 class Prompt:
     """What of a training shapes a prompt, each under the name of its flag; the defaults are a bare base's.
 
-    A field here is recorded by training, copied by merging, and asked with by predict.py, where the flag replaces it.
+    Recorded by training, copied by merging, asked with by predict.py, where the flag replaces it.
     """
 
     template: str = "official"
@@ -51,10 +56,8 @@ def train_record(config, train_type, tokenizer, world_size):
             "training data": fingerprint(config.train_path, config.cache_dir or default_cache_dir())[:16],
             "tokenizer": describe(tokenizer.folder / tokenizer.model_file)["sha256"][:16],
             "base": describe(Path(config.model_name_or_path) / "config.json")["sha256"][:16],
-            **{name: getattr(config, name) for name in SAMPLES},
-            "seed": config.seed,
-            **{name: getattr(config, name) for name in train_type.identity},
-            **order_flags(config),
+            **{name: getattr(config, name) for name in (*SAMPLES, "seed", *train_type.identity)},
+            **{name: getattr(config, name) for name in ORDER if getattr(config, name)},
         },
         "flags": dataclasses.asdict(config),
         "given": sorted(config.given),
@@ -70,12 +73,6 @@ def merged_record(adapter, mode, base, prompt):
 
 def _base(folder):
     return {"base": str(folder), "base_absolute": os.path.abspath(folder)}
-
-
-def order_flags(config):
-    """{flag: value} of those that are set and decide the order of the data."""
-    names = ("group_by_length", "streaming", "shuffle_buffer")
-    return {name: getattr(config, name) for name in names if getattr(config, name)}
 
 
 def describe(path):
@@ -94,13 +91,12 @@ def read_record(folder):
     return read_json(path) if path.is_file() else {}
 
 
-def prompt_of(record):
-    """The Prompt of a training. Checkpoints of earlier versions have some of it among the flags of their run."""
-    known = {**record.get("flags", {}), **record}
-    return Prompt(**{item.name: known.get(item.name, item.default) for item in dataclasses.fields(Prompt)})
+def prompt_of(record, asked):
+    """(Prompt of a training, whether all of it is known). asked: values that replace what is recorded.
 
-
-def lacks_prompt(record):
-    """Whether some of the prompt is not known: merged folders of earlier versions say the template only."""
-    known = {**record.get("flags", {}), **record}
-    return any(item.name not in known for item in dataclasses.fields(Prompt))
+    Earlier versions recorded some of it among the flags of a run, and in merged folders the template only.
+    """
+    known = {**record.get("flags", {}), **record, **asked}
+    fields = dataclasses.fields(Prompt)
+    prompt = Prompt(**{item.name: known.get(item.name, item.default) for item in fields})
+    return prompt, all(item.name in known for item in fields)

@@ -25,6 +25,10 @@ INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' names
 MAX_SHARD_BYTES = 2 * 10**9  # the originals' shard size
+NOT_PLAIN = (
+    "refused, it does not hold plain tensors. It is damaged, a git-lfs pointer (then: git lfs pull), or a pickle with "
+    "objects in it, which could run any code."
+)
 
 
 def weight_files(folder):
@@ -33,33 +37,31 @@ def weight_files(folder):
     Raises UserError naming the folder, or the shards that its index lists and it lacks.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder. Give the folder of a checkpoint (config.json, weights, tokenizer).")
-    for name in INDEX_FILES:
-        if (folder / name).is_file():
-            shards = _shards(folder / name)
-            missing = [shard for shard in shards if not (folder / shard).is_file()]
-            if missing:
-                raise UserError(
-                    f"{folder}: {name} lists {len(missing)} shard(s) that are not there: {missing}. "
-                    "Copy them from where the checkpoint came from."
-                )
-            return [folder / shard for shard in shards]
-    for name in SINGLE_FILES:
-        if (folder / name).is_file():
-            return [folder / name]
-    raise UserError(
-        f"{folder}: no weights. Expected one of {[*SINGLE_FILES, *INDEX_FILES]}, "
-        f"found {sorted(p.name for p in folder.iterdir())}."
-    )
+    names = [name for name in INDEX_FILES + SINGLE_FILES if (folder / name).is_file()]
+    if not names:
+        raise _no_weights(folder)
+    return _shards(folder, names[0]) if names[0] in INDEX_FILES else [folder / names[0]]
 
 
-def _shards(index_file):
-    """File names in an index, sorted. Raises UserError if it has no map from names to files."""
-    weight_map = read_json(index_file).get("weight_map")
+def _no_weights(folder):
+    if folder.is_dir():
+        found = sorted(path.name for path in folder.iterdir())
+        return UserError(f"{folder}: no weights. Expected one of {[*SINGLE_FILES, *INDEX_FILES]}, found {found}.")
+    return UserError(f"{folder}: no such folder. Give the folder of a checkpoint (config.json, weights, tokenizer).")
+
+
+def _shards(folder, index):
+    """Paths of the files in an index, sorted. Raises UserError if it has no map to file names, or one is missing."""
+    weight_map = read_json(folder / index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise UserError(f"{index_file}: no weight_map from parameter names to file names. Copy the file again.")
-    return sorted(set(weight_map.values()))
+        raise UserError(f"{folder / index}: no weight_map from parameter names to file names. Copy the file again.")
+    shards = sorted(set(weight_map.values()))
+    if missing := [shard for shard in shards if not (folder / shard).is_file()]:
+        raise UserError(
+            f"{folder}: {index} lists {len(missing)} shard(s) that are not there: {missing}. "
+            "Copy them from where the checkpoint came from."
+        )
+    return [folder / shard for shard in shards]
 
 
 def read_json(path):
@@ -86,20 +88,22 @@ def iter_file(path):
     try:
         yield from _iter_safetensors(path) if path.suffix == ".safetensors" else _iter_bin(path)
     except pickle.UnpicklingError:  # torch's message advises to switch the protection off
-        raise UserError(
-            f"{path}: refused, it does not hold plain tensors. It is damaged, a git-lfs pointer (then: "
-            "git lfs pull), or a pickle with objects in it, which could run any code."
-        ) from None
+        raise UserError(f"{path}: {NOT_PLAIN}") from None
     except (SafetensorError, RuntimeError, EOFError, OSError, MemoryError) as error:
-        if is_out_of_memory(error):
-            raise OutOfMemory(
-                f"{path}: out of host memory while reading it ({_first_line(error)}). Close other programs, start "
-                "fewer processes on this machine, or use one with more memory."
-            ) from error
-        raise UserError(
-            f"{path}: the file is damaged or not a weight file ({_first_line(error)}). Copy it again and "
-            "compare its size with the source; some hundred bytes are a git-lfs pointer: git lfs pull."
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path, error):
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
+    if is_out_of_memory(error):
+        return OutOfMemory(
+            f"{path}: out of host memory while reading it ({reason}). Close other programs, start "
+            "fewer processes on this machine, or use one with more memory."
+        )
+    return UserError(
+        f"{path}: the file is damaged or not a weight file ({reason}). Copy it again and "
+        "compare its size with the source; some hundred bytes are a git-lfs pointer: git lfs pull."
+    )
 
 
 def is_out_of_memory(error):
@@ -133,10 +137,6 @@ def file_dtypes(folder):
         else:
             dtypes |= {name: tensor.dtype for name, tensor in iter_file(path)}
     return dtypes
-
-
-def _first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
 
 
 def _iter_safetensors(path):
@@ -199,49 +199,48 @@ def is_finite(tensor):
     return bool(torch.isfinite(tensor.sum(dtype=torch.float32)))
 
 
-def fill(model, folder, place, ignore=(), may_miss=(), aliases=None):
+def fill(model, folder, place, ignore=(), aliases=None):
     """Give every parameter of `model` (of `place.construct`) the tensor of that name in `folder`; place: `OnDevice`.
 
     ignore: patterns of names in the file that belong to no parameter and are known to be of no use.
-    may_miss: substrings of names that the file may lack (a new prefix encoder); those keep their initial values.
     aliases: {name in the file: name of the parameter}, for tied weights; where both are in the file the alias wins,
     as in the original.
     Raises UserError listing missing, unexpected and mis-shaped names, and tensors with inf or nan in them.
     """
-    aliases = aliases or {}
-    parameters = dict(model.named_parameters())
-    seen, unexpected, misshaped, not_finite = set(), [], [], []
+    parameters, aliases, seen = dict(model.named_parameters()), aliases or {}, set()
+    missing, unexpected, misshaped, not_finite = problems = [], [], [], []
     for name, tensor in iter_tensors(folder):
-        target = aliases.get(name, name)
         if any(re.search(pattern, name) for pattern in ignore):
             continue
-        has_value = target in seen
-        seen.add(target)
+        target = aliases.get(name, name)
         if target not in parameters:
             unexpected.append(name)
-        elif not tensor.is_floating_point():
-            misshaped.append(f"{name}: {tensor.dtype} in the file (quantised?), a floating-point type expected")
-        elif (expected := tuple(full_shape(parameters[target]))) != tuple(tensor.shape):
-            misshaped.append(f"{name}: {tuple(tensor.shape)} in the file, {expected} expected")
-        elif has_value and name == target and target in aliases.values():
+        elif tensor.shape != full_shape(parameters[target]) or not tensor.is_floating_point():
+            misshaped.append(_misfit(name, tensor, parameters[target]))
+        elif target in seen and name == target and target in aliases.values():
             pass  # ChatGLM-6B's files hold the tied matrix twice; lm_head.weight, its alias, has been read already
         elif not place.assign(model, target, tensor):
             not_finite.append(name)
-    missing = [name for name in parameters if name not in seen and not any(part in name for part in may_miss)]
-    kinds = (
-        ("missing", missing),
-        ("unexpected", unexpected),
-        ("wrong shape or type", misshaped),
-        (f"inf or nan among the values, as {DTYPE_NAMES[place.dtype]}", not_finite),
-    )
-    problems = [
-        f"{kind} ({len(names)}): {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-        for kind, names in kinds
+        seen.add(target)
+    missing += [name for name in parameters if name not in seen]
+    if any(problems):
+        raise _do_not_fit(folder, place, problems)
+
+
+def _misfit(name, tensor, parameter):
+    if not tensor.is_floating_point():
+        return f"{name}: {tensor.dtype} in the file (quantised?), a floating-point type expected"
+    return f"{name}: {tuple(tensor.shape)} in the file, {tuple(full_shape(parameter))} expected"
+
+
+def _do_not_fit(folder, place, problems):
+    not_finite = f"inf or nan among the values, as {DTYPE_NAMES[place.dtype]}"
+    lines = [
+        f"\n  {kind} ({len(names)}): {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        for kind, names in zip(("missing", "unexpected", "wrong shape or type", not_finite), problems)
         if names
     ]
-    if problems:
-        raise UserError(f"{folder}: the weights do not fit the model of its config.json.\n  " + "\n  ".join(problems))
-    return [name for name in parameters if name not in seen]
+    return UserError(f"{folder}: the weights do not fit the model of its config.json." + "".join(lines))
 
 
 def write_sharded(tensors, folder, max_shard_bytes=MAX_SHARD_BYTES):
@@ -251,19 +250,28 @@ def write_sharded(tensors, folder, max_shard_bytes=MAX_SHARD_BYTES):
     """
     folder, shards, shard, size = Path(folder), [], {}, 0
     for name, tensor in tensors:
-        num_bytes = tensor.numel() * tensor.element_size()
-        if shard and size + num_bytes > max_shard_bytes:
+        if shard and size + tensor.nbytes > max_shard_bytes:
             shards.append(_write_shard(shard, folder / f"shard-{len(shards)}.tmp"))
             shard, size = {}, 0
         shard[name] = tensor
-        size += num_bytes
+        size += tensor.nbytes
     shards.append(_write_shard(shard, folder / f"shard-{len(shards)}.tmp"))
-    if len(shards) == 1:
+    if len(shards) > 1:
+        _name_shards(shards, folder)
+    else:
         os.replace(shards[0][0], folder / "model.safetensors")
-        return
+
+
+def _write_shard(shard, path):
+    write_tensors(shard, path)
+    return path, list(shard), sum(tensor.nbytes for tensor in shard.values())
+
+
+def _name_shards(shards, folder):
+    """Give the files of several shards, [(path, names, bytes)], their names, and write the index."""
     weight_map = {}
-    for i, (path, names, _) in enumerate(shards):
-        final = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+    for i, (path, names, _) in enumerate(shards, 1):
+        final = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         os.replace(path, folder / final)
         weight_map.update(dict.fromkeys(names, final))
     index = {"metadata": {"total_size": sum(num_bytes for _, _, num_bytes in shards)}, "weight_map": weight_map}
@@ -280,11 +288,6 @@ def write_tensors(tensors, path):
     except SafetensorError as error:
         raise NotWritten(f"{path}: not written ({error}).") from error
     os.chmod(path, 0o644)
-
-
-def _write_shard(shard, path):
-    write_tensors(shard, path)
-    return path, list(shard), sum(t.numel() * t.element_size() for t in shard.values())
 
 
 def write_json(value, path):

@@ -26,13 +26,34 @@ from glm_finetune import MODE, weights  # noqa: E402 (the repository is not inst
 NUM_ROWS = 12000
 STEPS = 1500
 CONFIG = dict(
-    num_layers=4,
     hidden_size=160,
+    num_layers=4,
     num_attention_heads=5,
     kv_channels=32,
+    multi_query_attention=True,
     multi_query_group_num=1,
     ffn_hidden_size=432,
     seq_length=256,
+    layernorm_epsilon=1e-5,
+    rmsnorm=True,
+    post_layer_norm=True,
+    add_qkv_bias=True,
+    add_bias_linear=False,
+    apply_residual_connection_post_layernorm=False,
+    original_rope=True,
+    tie_word_embeddings=False,
+    attention_dropout=0.0,
+    hidden_dropout=0.0,
+    apply_query_key_layer_scaling=True,
+    attention_softmax_in_fp32=True,
+    bias_dropout_fusion=True,
+    fp32_residual_connection=False,
+    model_type="chatglm",
+    use_cache=True,
+    torch_dtype="float32",
+    eos_token_id=2,
+    pad_token_id=0,
+    architectures=["ChatGLMModel"],
     _name_or_path="tiny-chatglm3",
 )
 
@@ -123,7 +144,7 @@ def make_model(folder):
     """Random weights in the original layout."""
     mode = MODE["glm3"]
     vocab_size = -(-len(mode.tokenizer.from_pretrained(folder)) // 32) * 32
-    weights.write_json({**mode.tiny_config, **CONFIG, "padded_vocab_size": vocab_size}, folder / "config.json")
+    weights.write_json({**CONFIG, "padded_vocab_size": vocab_size}, folder / "config.json")
     torch.manual_seed(0)
     mode.model(mode.config.from_pretrained(folder)).save_weights(folder)
 

@@ -47,6 +47,7 @@ def act_in(module, name, rank, count, action):
         ("glm_finetune.build", "load_base", 1, 2),
         ("glm_finetune.run.checkpoint", "gathered", 2, 3),
         ("glm_finetune.dist", "all_agree", 1, 2),
+        ("glm_finetune.dist", "all_agree", 2, 2),
     ],
 )
 def test_a_killed_rank_ends_the_others_who_say_so(module, name, count, stage, rank, arguments, start, tmp_path):

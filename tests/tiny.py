@@ -23,19 +23,63 @@ DATA = Path(__file__).parents[1] / "data/spo_0.json"
 NAMES = {"glm": "THUDM/chatglm-6b", "glm2": "THUDM/chatglm2-6b", "glm3": "THUDM/chatglm3-6b"}
 CONTROL_PIECES = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
 BLANK_PIECES = ("<|tab|>", *(f"<|blank_{n}|>" for n in range(2, 81)))
+GLM_CONFIG = dict(
+    hidden_size=32,
+    inner_hidden_size=64,
+    num_layers=2,
+    num_attention_heads=2,
+    layernorm_epsilon=1e-5,
+    max_sequence_length=256,
+    position_encoding_2d=True,
+    model_type="chatglm",
+    use_cache=True,
+    torch_dtype="float32",
+    architectures=["ChatGLMModel"],
+)
+GLM2_CONFIG = dict(
+    hidden_size=32,
+    num_layers=2,
+    num_attention_heads=4,
+    kv_channels=8,
+    multi_query_attention=True,
+    multi_query_group_num=2,
+    ffn_hidden_size=48,
+    seq_length=256,
+    layernorm_epsilon=1e-5,
+    rmsnorm=True,
+    post_layer_norm=True,
+    add_qkv_bias=True,
+    add_bias_linear=False,
+    apply_residual_connection_post_layernorm=False,
+    original_rope=True,
+    tie_word_embeddings=False,
+    attention_dropout=0.0,
+    hidden_dropout=0.0,
+    apply_query_key_layer_scaling=True,
+    attention_softmax_in_fp32=True,
+    bias_dropout_fusion=True,
+    fp32_residual_connection=False,
+    model_type="chatglm",
+    use_cache=True,
+    torch_dtype="float32",
+    eos_token_id=2,
+    pad_token_id=0,
+    architectures=["ChatGLMModel"],
+)
 
 
 def make_checkpoint(mode_name, folder, **config_changes):
     """Write config.json, random fp32 weights (the same each time) and tokenizer to `folder`; returns it as a Path.
 
-    config_changes: fields of config.json that replace MODE[mode_name].tiny_config.
+    config_changes: fields of config.json that replace GLM_CONFIG or GLM2_CONFIG.
     """
     mode, folder = MODE[mode_name], Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / mode.tokenizer.model_file).write_bytes(tokenizer_model(mode_name))
     settings = {"name_or_path": NAMES[mode_name], "remove_space": False, "do_lower_case": False}
     write_json(settings | ({"num_image_tokens": 0} if mode_name == "glm" else {}), folder / "tokenizer_config.json")
-    fields = {"_name_or_path": NAMES[mode_name], **mode.tiny_config, **vocabulary_fields(mode_name, folder)}
+    sizes = GLM_CONFIG if mode_name == "glm" else GLM2_CONFIG
+    fields = {"_name_or_path": NAMES[mode_name], **sizes, **vocabulary_fields(mode_name, folder)}
     write_json(fields | config_changes, folder / "config.json")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

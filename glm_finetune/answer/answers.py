@@ -9,13 +9,12 @@ Never written over: the questions, and answers to others.
 
 import dataclasses
 import json
-import os
 import re
 from pathlib import Path
 
 from glm_finetune.data.files import paths_of
 from glm_finetune.errors import UserError
-from glm_finetune.weights import read_json, write_json
+from glm_finetune.weights import read_json, write_json, write_text
 
 ELSEWHERE = "Give another --output_path, or --overwrite to answer everything again."
 NAMES = "max_length max_new_tokens do_sample top_p temperature num_beams seed truncation data_format columns"
@@ -34,7 +33,8 @@ def settings_path(path):
 
 def settings_of(config, folder, precision):
     """What an answer depends on besides its question; answers of other settings are not mixed into one file."""
-    files = [path for part in filter(None, (folder.base, folder.adapter)) for path in _weight_files_in(part)]
+    parts = filter(None, (folder.base, folder.adapter))
+    files = [path for part in parts for path in sorted([*part.glob("*.safetensors"), *part.glob("*.bin")])]
     return {
         "model": str(Path(config.model_path).resolve()),
         "weights": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files},
@@ -42,10 +42,6 @@ def settings_of(config, folder, precision):
         "precision": precision,
         **{name: getattr(config, name) for name in NAMES.split()},
     }
-
-
-def _weight_files_in(folder):
-    return sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
 
 
 def answered(path, rows, config, settings):
@@ -100,6 +96,4 @@ def _answer_in(text, row, where):
 def begin(path, done, settings):
     """Write the answers that are there already, without what a killed run left half written, and the settings."""
     write_json(settings, settings_path(path))
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done), path)

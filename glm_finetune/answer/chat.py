@@ -9,21 +9,18 @@ from glm_finetune.generator import generate, sampling_of
 MIN_ANSWER = 16  # tokens of --max_length that a conversation keeps free for an answer
 
 
-def as_messages(history):
-    """Past turns as messages; pairs (question, answer), as some modes keep them, become two messages each."""
+def chat_ids(mode, tokenizer, query, history, role="user", template="official"):
+    """Prompt ids for the next answer. history: messages, or pairs (question, answer), as some modes keep them.
+
+    role: of the query ("observation" for a tool's result in ChatGLM3).
+    """
     messages = []
     for turn in history:
         if isinstance(turn, dict):
             messages.append(turn)
         else:
             messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    return messages
-
-
-def chat_ids(mode, tokenizer, query, history, role="user", template="official"):
-    """Prompt ids for the next answer. role: of the query ("observation" for a tool's result in ChatGLM3)."""
-    messages = [*as_messages(history), {"role": role, "content": query}]
-    return mode.render(tokenizer, messages, None, template).input_ids
+    return mode.render(tokenizer, [*messages, {"role": role, "content": query}], None, template).input_ids
 
 
 def chat(

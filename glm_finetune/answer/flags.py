@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 
 from glm_finetune.data.flags import TEMPLATES
-from glm_finetune.errors import unknown_choice
-from glm_finetune.flags import Flags, bad_seed, flag, not_positive
+from glm_finetune.flags import POSITIVE, PRECISIONS, SEED, Flags, flag
 
 MIN_PROMPT = 32  # tokens of a prompt in prediction, at least; fewer would cut every question to nothing
 
@@ -26,38 +25,39 @@ class PredictConfig(Flags):
     data_format: str | None = flag("format of the rows (data/README.md); default: told from their fields", None)
     columns: str | None = flag("other names of fields in the file: instruction=question,output=reply", None)
     prompt_text: str | None = flag("put before every text of the format text_answer; default: as in training", None)
-    truncation: str = flag("what of a long question is cut: tail, head (the oldest rounds first) or middle", "tail")
+    truncation: str = flag(
+        "what of a long question is cut: tail, head (the oldest rounds first) or middle",
+        "tail",
+        ("tail", "head", "middle"),
+    )
     template: str | None = flag(
         "train, official (the released model's chat) or official_rounds (its chat training); default: that of the "
         "training for what was trained here, official for a bare base",
         None,
+        TEMPLATES,
     )
-    batch_size: int = flag("rows answered together", 8)
-    max_length: int = flag("tokens of prompt and answer together", 2048)
-    max_new_tokens: int | None = flag("tokens of an answer; default: what --max_length leaves", None)
+    batch_size: int = flag("rows answered together", 8, POSITIVE)
+    max_length: int = flag("tokens of prompt and answer together", 2048, POSITIVE)
+    max_new_tokens: int | None = flag("tokens of an answer; default: what --max_length leaves", None, POSITIVE)
     do_sample: bool = flag("sample instead of taking the likeliest token", False)
     top_p: float = flag("sample from the likeliest tokens that make up this probability", 0.8)
-    temperature: float = flag("divide logits by this before sampling", 0.8)
-    num_beams: int = flag("beam search with this many beams", 1)
-    seed: int = flag("of sampling", 1234)
-    precision: str | None = flag("bf16, fp16 or fp32; default: the best the card can do (fp32 on a CPU)", None)
+    temperature: float = flag("divide logits by this before sampling", 0.8, POSITIVE)
+    num_beams: int = flag("beam search with this many beams", 1, POSITIVE)
+    seed: int = flag("of sampling", 1234, SEED)
+    precision: str | None = flag(
+        "bf16, fp16 or fp32; default: the best the card can do (fp32 on a CPU)", None, PRECISIONS
+    )
     device: str | None = flag("number of a card, cuda or cpu; default: a card where there is one", None)
     overwrite: bool = flag("answer all rows again although --output_path has some", False)
 
     def problems(self):
-        yield from not_positive(self, "batch_size", "max_length", "max_new_tokens", "num_beams", "temperature")
+        yield from super().problems()
         if not 0 < self.top_p <= 1:
             yield f"--top_p {self.top_p}: must be above 0 and at most 1."
         if self.max_length < (self.max_new_tokens or 0) + MIN_PROMPT:
-            yield (
-                f"--max_length {self.max_length} leaves fewer than {MIN_PROMPT} tokens for the prompt"
-                + (f" beside --max_new_tokens {self.max_new_tokens}" if self.max_new_tokens else "")
-                + ": raise it."
-            )
-        yield from bad_seed(self.seed)
-        yield from unknown_choice("precision", self.precision, ("bf16", "fp16", "fp32"))
-        yield from unknown_choice("template", self.template, TEMPLATES)
-        yield from unknown_choice("truncation", self.truncation, ("tail", "head", "middle"))
+            beside = f" beside --max_new_tokens {self.max_new_tokens}" if self.max_new_tokens else ""
+            few = f"leaves fewer than {MIN_PROMPT} tokens for the prompt"
+            yield f"--max_length {self.max_length} {few}{beside}: raise it."
         if sum((self.chat, self.test_path is not None, self.instruction is not None)) != 1:
             yield "give exactly one of --instruction TEXT, --test_path FILE and --chat."
         if self.input and self.instruction is None:

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from glm_finetune.errors import unknown_choice
-from glm_finetune.flags import Flags, flag
+from glm_finetune.flags import PRECISIONS, Flags, flag
 
 
 @dataclass(kw_only=True)
@@ -14,7 +13,4 @@ class MergeConfig(Flags):
     ori_model_dir: str | None = flag("base checkpoint; default: the one recorded with the adapter", None)
     mode: str | None = flag("glm, glm2 or glm3; default: recorded with the adapter", None)
     output_dir: str | None = flag("folder to write; default: <model_dir>-merged", None)
-    dtype: str | None = flag("bf16, fp16 or fp32 of the written weights; default: the base's", None)
-
-    def problems(self):
-        yield from unknown_choice("dtype", self.dtype, ("bf16", "fp16", "fp32"))
+    dtype: str | None = flag("bf16, fp16 or fp32 of the written weights; default: the base's", None, PRECISIONS)

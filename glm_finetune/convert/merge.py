@@ -61,8 +61,7 @@ def merge(folder, target, dtype_name=None):
 def write(model, source, folder, tokenizer, dtype, dtypes):
     """The merged model, tokenizer, record and what else the base has (the original's code as *.py files)."""
     folder.mkdir(parents=True)
-    names = [name for name, _ in model.named_parameters()]
-    tensors = tqdm(model.named_parameters(), total=len(names), desc="write", unit=" tensors")
+    tensors = tqdm([*model.named_parameters()], desc="write", unit=" tensors")
     model.save_weights(folder, tensors, dtype, dtypes)
     tokenizer.save_pretrained(folder)
     for path in [*source.base.glob("*.py"), *source.base.glob("generation_config.json")]:

@@ -2,24 +2,31 @@
 
 from dataclasses import dataclass
 
-from glm_finetune.errors import unknown_choice
-from glm_finetune.flags import Flags, flag, not_positive
+from glm_finetune.flags import NOT_NEGATIVE, POSITIVE, Flags, flag
 
 TEMPLATES = ("train", "official", "official_rounds")
 SHUFFLE_BUFFER = 10_000  # rows of a stream that are shuffled together
+
+
+NOT_TOGETHER = (
+    ("streaming", "overwrite_cache", "a stream prepares nothing"),
+    ("streaming", "group_by_length", "a stream does not know the lengths"),
+    ("packing", "group_by_length", "packed rows have next to no padding, whatever the lengths"),
+)
 
 
 @dataclass(kw_only=True)
 class DataFlags(Flags):
     """How rows become samples: flags of train.py and of the data report."""
 
-    max_len: int = flag("tokens of a sample; longer answers are cut", 1024, "how rows become samples")
-    max_src_len: int = flag("tokens of what stands before an answer; more are cut (--truncation)", 256)
+    max_len: int = flag("tokens of a sample; longer answers are cut", 1024, POSITIVE, "how rows become samples")
+    max_src_len: int = flag("tokens of what stands before an answer; more are cut (--truncation)", 256, POSITIVE)
     is_skip: bool = flag("leave out samples that do not fit instead of cutting them", False)
     truncation: str = flag(
         "what of a long question is cut: its tail (as ChatGLM-Finetuning), head (the oldest rounds first) or middle; "
         "or drop (leave the sample out, as --is_skip), error (stop)",
         "tail",
+        ("tail", "head", "middle", "drop", "error"),
     )
     end_cut_answers: bool = flag(
         "train the end token also after an answer that was cut (ChatGLM-Finetuning did)", False
@@ -31,19 +38,13 @@ class DataFlags(Flags):
         "prompt to train with: train (ChatGLM-Finetuning's), official (the released model's chat), official_rounds "
         "(its chat training scripts: ChatGLM-6B's first question is counted too)",
         "train",
+        TEMPLATES,
     )
-    train_on: str = flag("answers of a conversation that are trained: all or last", "all")
-    on_bad_row: str = flag("stop at a bad row, or skip: leave it out and list it in a file", "stop")
+    train_on: str = flag("answers of a conversation that are trained: all or last", "all", ("all", "last"))
+    on_bad_row: str = flag("stop at a bad row, or skip: leave it out and list it in a file", "stop", ("stop", "skip"))
 
     def problems(self):
-        yield from not_positive(self, "max_len", "max_src_len")
-        for name, allowed in (
-            ("truncation", ("tail", "head", "middle", "drop", "error")),
-            ("template", TEMPLATES),
-            ("train_on", ("all", "last")),
-            ("on_bad_row", ("stop", "skip")),
-        ):
-            yield from unknown_choice(name, getattr(self, name), allowed)
+        yield from super().problems()
         if self.is_skip and self.truncation == "error":
             yield "--is_skip leaves out what --truncation error stops at: give one of them."
 
@@ -56,34 +57,29 @@ class BatchFlags(Flags):
         "training data: files, folders or hf://owner/name, commas between them, weights behind (a.json:2,b.jsonl)"
     )
     eval_path: str | None = flag("data to compute the loss on at every save, in any of the same formats", None)
-
     packing: bool = flag(
         "lay the samples of a micro-batch end to end in rows of at most max_len tokens; samples do not see each other",
         False,
-        "batches and large data",
+        group="batches and large data",
     )
     group_by_length: bool = flag("batches of samples of similar length, for less padding", False)
     cache_dir: str | None = flag("folder for prepared data; default: ~/.cache/glm_finetune", None)
     overwrite_cache: bool = flag("prepare the data again although it lies prepared in cache_dir", False)
     streaming: bool = flag("prepare nothing: read and tokenize each row of JSON lines when it is its turn", False)
     shuffle_buffer: int | None = flag(
-        f"with --streaming: shuffle within so many consecutive rows; default: {SHUFFLE_BUFFER}", None
+        f"with --streaming: shuffle within so many consecutive rows; default: {SHUFFLE_BUFFER}", None, POSITIVE
     )
 
     def problems(self):
-        yield from not_positive(self, "shuffle_buffer")
-        for first, second, why in (
-            ("streaming", "overwrite_cache", "a stream prepares nothing"),
-            ("streaming", "group_by_length", "a stream does not know the lengths"),
-            ("packing", "group_by_length", "packed rows have next to no padding, whatever the lengths"),
-        ):
+        yield from super().problems()
+        for first, second, why in NOT_TOGETHER:
             if getattr(self, first) and getattr(self, second):
                 yield f"--{second} goes without --{first}: {why}. Leave one of them out."
         if self.streaming and self.on_bad_row == "skip":
             yield "--on_bad_row skip goes without --streaming: a stream does not know its bad rows beforehand."
         if self.streaming and (self.is_skip or self.truncation == "drop"):
-            flag_name = "is_skip" if self.is_skip else "truncation drop"
-            yield f"--{flag_name} goes without --streaming: a stream does not know beforehand what is too long."
+            drops = "--is_skip" if self.is_skip else "--truncation drop"
+            yield f"{drops} goes without --streaming: a stream does not know beforehand what is too long."
         if self.shuffle_buffer and not self.streaming:
             yield "--shuffle_buffer goes with --streaming only: prepared data is shuffled as a whole."
 
@@ -95,13 +91,11 @@ class ReportConfig(DataFlags):
     train_path: str = flag("the data; may be given without its flag", group="report")
     mode: str = flag("glm, glm2 or glm3", "glm2")
     model_name_or_path: str = flag("folder with the tokenizer; no weights are read")
-    preview: int = flag("samples to show, targets marked", 0)
+    preview: int = flag("samples to show, targets marked", 0, NOT_NEGATIVE)
     output_path: str = flag("where the histogram of lengths goes", "lengths.png")
     bad_rows_path: str = flag("with --on_bad_row skip: where the bad rows are listed", "bad_rows.txt")
 
     def problems(self):
         yield from super().problems()
-        if self.preview < 0:
-            yield f"--preview {self.preview}: must not be negative."
         if not self.output_path.lower().endswith(".png"):
             yield f"--output_path {self.output_path}: must end in .png."

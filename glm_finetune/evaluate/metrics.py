@@ -20,16 +20,15 @@ class TripleScores:
 
 def triple_scores(pairs):
     """pairs: list of (predicted answer, gold answer), not empty -> TripleScores, all between 0 and 1."""
-    scores, num_right, num_predicted, num_gold, num_exact = [], 0, 0, 0, 0
+    counts, num_exact = [], 0
     for predicted, gold in pairs:
         predicted = {line for line in predicted.split("\n") if len(line.split("_")) == 3}
         gold = set(gold.split("\n"))
-        right = len(predicted & gold)
-        scores.append(_f1(right, len(predicted), len(gold)))
-        num_right, num_predicted, num_gold = num_right + right, num_predicted + len(predicted), num_gold + len(gold)
+        counts.append((len(predicted & gold), len(predicted), len(gold)))
         num_exact += predicted == gold
+    num_right, num_predicted, num_gold = map(sum, zip(*counts))
     return TripleScores(
-        sum(scores) / len(scores),
+        sum(_f1(*numbers) for numbers in counts) / len(counts),
         num_right / max(num_predicted, 1),
         num_right / max(num_gold, 1),
         _f1(num_right, num_predicted, num_gold),

@@ -31,72 +31,42 @@ RESIDUAL_SCALE = math.sqrt(2 * 28)
 class ChatGLMConfig(OriginalConfig):
     """Fields of the original config.json, with the original class's defaults (those of the first public revision)."""
 
+    vocab_size: int = 150528
+    hidden_size: int = 4096
+    num_layers: int = 28
+    num_attention_heads: int = 32
+    inner_hidden_size: int = 16384
+    layernorm_epsilon: float = 1e-5
+    max_sequence_length: int = 2048
+    position_encoding_2d: bool = True
+    bos_token_id: int = 150004
+    eos_token_id: int = 150005
+    mask_token_id: int = 150000
+    gmask_token_id: int = 150001
+    pad_token_id: int = 0
+    pre_seq_len: int | None = None
+    prefix_projection: bool = False
+    use_cache: bool = False
+    tie_word_embeddings: bool = True
     required_fields = ("inner_hidden_size", "position_encoding_2d")
-    attribute_map = {"num_hidden_layers": "num_layers"}
+    attribute_map = {
+        **OriginalConfig.attribute_map,
+        "max_positions": "max_sequence_length",
+        "num_kv_heads": "num_attention_heads",
+        "prefix_embedding_size": "hidden_size",
+    }
 
-    def __init__(
-        self,
-        vocab_size=150528,
-        hidden_size=4096,
-        num_layers=28,
-        num_attention_heads=32,
-        inner_hidden_size=16384,
-        layernorm_epsilon=1e-5,
-        max_sequence_length=2048,
-        position_encoding_2d=True,
-        bos_token_id=150004,
-        eos_token_id=150005,
-        mask_token_id=150000,
-        gmask_token_id=150001,
-        pad_token_id=0,
-        pre_seq_len=None,
-        prefix_projection=False,
-        use_cache=False,
-        tie_word_embeddings=True,
-        **others,
-    ):
-        if not position_encoding_2d:
+    def __post_init__(self, **others):
+        super().__post_init__(**others)
+        if not self.position_encoding_2d:
             raise UserError(
                 "config.json: position_encoding_2d must be true; no released ChatGLM-6B has it false, and the "
                 "original's code for it contradicts itself between training and generation."
             )
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.num_layers = num_layers
-        self.num_attention_heads = num_attention_heads
-        self.inner_hidden_size = inner_hidden_size
-        self.layernorm_epsilon = layernorm_epsilon
-        self.max_sequence_length = max_sequence_length
-        self.position_encoding_2d = position_encoding_2d
-        self.mask_token_id = mask_token_id
-        self.gmask_token_id = gmask_token_id
-        self.pre_seq_len = pre_seq_len
-        self.prefix_projection = prefix_projection
-        self.use_cache = use_cache
-        super().__init__(
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-            tie_word_embeddings=tie_word_embeddings,
-            **others,
-        )
-
-    @property
-    def max_positions(self):
-        """Longest text the model was made for, in tokens."""
-        return self.max_sequence_length
-
-    @property
-    def num_kv_heads(self):
-        return self.num_attention_heads
 
     @property
     def head_size(self):
         return self.hidden_size // self.num_attention_heads
-
-    @property
-    def prefix_embedding_size(self):
-        return self.hidden_size
 
 
 def prefix_layout(input_ids, config, num_padding=None):
@@ -134,9 +104,7 @@ def _first(input_ids, token_id):
 
 
 def inverse_frequencies(head_size, device=None):
-    """10000^(-2i / n) of the n = E / 2 dimensions of one position: (E / 4,) fp32, rounded to fp16 as in the
-    original.
-    """
+    """10000^(-2i / n) of one position's n = E / 2 dimensions: (E / 4,) fp32, rounded to fp16 as in the original."""
     size = head_size // 2
     exact = 1.0 / 10000 ** (torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
     return exact.half().float()
@@ -300,8 +268,8 @@ class ChatGLMForConditionalGeneration(Network):
             "logits_to_keep": logits_to_keep or 0,
         }
         if attention_mask is not None or num_new > 1:
-            padding = None if attention_mask is None else attention_mask.long() - 1
-            model_inputs["segment_ids"] = torch.zeros_like(input_ids) if padding is None else padding
+            has_padding = attention_mask is not None
+            model_inputs["segment_ids"] = attention_mask.long() - 1 if has_padding else torch.zeros_like(input_ids)
             model_inputs["is_prefix"] = is_prefix
         return model_inputs
 
@@ -323,9 +291,7 @@ def _mask(attention_mask, segment_ids, is_prefix, embedded, num_past):
 
 def _left_padding(attention_mask):
     """(B,) padding tokens on the left of a (B, S) mask of ones and zeros; None for anything else."""
-    if attention_mask is None or attention_mask.dim() != 2:
-        return None
-    return attention_mask.long().argmax(1)
+    return attention_mask.long().argmax(1) if attention_mask is not None and attention_mask.dim() == 2 else None
 
 
 def continue_positions(positions, length):

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from glm_finetune.models.layers import LanguageModelHead, Segments, attend, rotary_angles, visible
-from glm_finetune.models.network import Network, new_dropout
+from glm_finetune.models.network import Network
 from glm_finetune.models.original import OriginalConfig
 from glm_finetune.models.prefixes import new_prefix
 
@@ -23,80 +23,41 @@ from glm_finetune.models.prefixes import new_prefix
 class ChatGLM2Config(OriginalConfig):
     """Fields of the original config.json, with the original class's defaults."""
 
+    num_layers: int = 28
+    padded_vocab_size: int = 65024
+    hidden_size: int = 4096
+    ffn_hidden_size: int = 13696
+    kv_channels: int = 128
+    num_attention_heads: int = 32
+    seq_length: int = 2048
+    hidden_dropout: float = 0.0
+    layernorm_epsilon: float = 1e-5
+    rmsnorm: bool = True
+    apply_residual_connection_post_layernorm: bool = False
+    post_layer_norm: bool = True
+    add_bias_linear: bool = False
+    add_qkv_bias: bool = False
+    multi_query_attention: bool = False
+    multi_query_group_num: int = 1
+    pre_seq_len: int | None = None
+    prefix_projection: bool = False
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
     required_fields = ("padded_vocab_size", "kv_channels", "multi_query_attention")
-    attribute_map = {"num_hidden_layers": "num_layers", "vocab_size": "padded_vocab_size"}
-
-    def __init__(
-        self,
-        num_layers=28,
-        padded_vocab_size=65024,
-        hidden_size=4096,
-        ffn_hidden_size=13696,
-        kv_channels=128,
-        num_attention_heads=32,
-        seq_length=2048,
-        hidden_dropout=0.0,
-        layernorm_epsilon=1e-5,
-        rmsnorm=True,
-        apply_residual_connection_post_layernorm=False,
-        post_layer_norm=True,
-        add_bias_linear=False,
-        add_qkv_bias=False,
-        multi_query_attention=False,
-        multi_query_group_num=1,
-        pre_seq_len=None,
-        prefix_projection=False,
-        use_cache=True,
-        tie_word_embeddings=False,
-        **others,
-    ):
-        self.num_layers = num_layers
-        self.padded_vocab_size = padded_vocab_size
-        self.hidden_size = hidden_size
-        self.ffn_hidden_size = ffn_hidden_size
-        self.kv_channels = kv_channels
-        self.num_attention_heads = num_attention_heads
-        self.num_kv_heads = multi_query_group_num if multi_query_attention else num_attention_heads
-        self.seq_length = seq_length
-        self.hidden_dropout = hidden_dropout
-        self.layernorm_epsilon = layernorm_epsilon
-        self.rmsnorm = rmsnorm
-        self.apply_residual_connection_post_layernorm = apply_residual_connection_post_layernorm
-        self.post_layer_norm = post_layer_norm
-        self.add_bias_linear = add_bias_linear
-        self.add_qkv_bias = add_qkv_bias
-        self.multi_query_attention = multi_query_attention
-        self.multi_query_group_num = multi_query_group_num
-        self.pre_seq_len = pre_seq_len
-        self.prefix_projection = prefix_projection
-        self.use_cache = use_cache
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **others)
+    attribute_map = {
+        **OriginalConfig.attribute_map,
+        "vocab_size": "padded_vocab_size",
+        "max_positions": "seq_length",
+        "head_size": "kv_channels",
+    }
 
     @property
-    def max_positions(self):
-        """Longest text the model was made for, in tokens."""
-        return self.seq_length
-
-    @property
-    def head_size(self):
-        return self.kv_channels
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight; torch computes it in fp32 and keeps x alone for the backward pass."""
-
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x):
-        """x: (..., D) -> (..., D), same dtype."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+    def num_kv_heads(self):
+        return self.multi_query_group_num if self.multi_query_attention else self.num_attention_heads
 
 
 def new_norm(config):
-    norm = RMSNorm if config.rmsnorm else nn.LayerNorm
+    norm = nn.RMSNorm if config.rmsnorm else nn.LayerNorm  # fp32 inside; of x, RMSNorm keeps no fp32 copy
     return norm(config.hidden_size, eps=config.layernorm_epsilon)
 
 
@@ -125,11 +86,8 @@ class SelfAttention(nn.Module):
         self.head_size = config.kv_channels
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_kv_heads
         self.interleaved = not config.multi_query_attention  # q|k|v head by head, as in ChatGLM-6B
-        size = self.head_size * self.num_heads
-        qkv_size = size + 2 * self.head_size * self.num_kv_heads
-        self.query_key_value = nn.Linear(
-            config.hidden_size, qkv_size, bias=config.add_bias_linear or config.add_qkv_bias
-        )
+        size, has_bias = self.head_size * self.num_heads, config.add_bias_linear or config.add_qkv_bias
+        self.query_key_value = nn.Linear(config.hidden_size, size + 2 * self.head_size * self.num_kv_heads, has_bias)
         self.dense = nn.Linear(size, config.hidden_size, bias=config.add_bias_linear)
 
     def split(self, qkv):
@@ -172,13 +130,10 @@ class GLMBlock(GradientCheckpointingLayer):
         self.self_attention = SelfAttention(config, layer_index)
         self.post_attention_layernorm = new_norm(config)
         self.mlp = MLP(config)
-        self.dropout = new_dropout(config.hidden_dropout)
+        self.dropout = nn.Dropout(config.hidden_dropout) if config.hidden_dropout else nn.Identity()
 
     def forward(self, hidden, mask, cos, sin, prefix=None, cache=None):
-        """hidden: (B, T, D) -> (B, T, D). cos, sin: (B, 1, T, E / 4).
-
-        prefix: this layer's (key, value), (B, K, P, E).
-        """
+        """hidden: (B, T, D) -> (B, T, D). cos, sin: (B, 1, T, E / 4). prefix: (key, value), each (B, K, P, E)."""
         normed = self.input_layernorm(hidden)
         residual = normed if self.norm_is_residual else hidden
         hidden = residual + self.dropout(self.self_attention(normed, mask, cos, sin, prefix, cache))
@@ -187,28 +142,16 @@ class GLMBlock(GradientCheckpointingLayer):
         return residual + self.dropout(self.mlp(normed))
 
 
-class Embedding(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)
-
-
-class GLMTransformer(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.layers = nn.ModuleList(GLMBlock(config, i) for i in range(config.num_layers))
-        if config.post_layer_norm:
-            self.final_layernorm = new_norm(config)
-
-
 class ChatGLMModel(nn.Module):
     """Embedding, layers and output layer: the original keeps the head inside `transformer`."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embedding = Embedding(config)
-        self.encoder = GLMTransformer(config)
+        self.embedding = nn.ModuleDict({"word_embeddings": nn.Embedding(config.padded_vocab_size, config.hidden_size)})
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(GLMBlock(config, i) for i in range(config.num_layers))})
+        if config.post_layer_norm:
+            self.encoder["final_layernorm"] = new_norm(config)
         self.output_layer = LanguageModelHead(config.hidden_size, config.padded_vocab_size, bias=False)
         if config.pre_seq_len:
             new_prefix(self, config)

@@ -64,15 +64,13 @@ def attend(query, key, value, mask):
     if isinstance(mask, Segments):
         return attend_segments(query, key, value, mask.bounds)
     num_groups, num_queries, num_keys = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
-    is_causal = mask is None and num_queries == num_keys
+    causal = mask is None and num_queries == num_keys
     in_place = num_groups > 1 and mask is None and num_queries in (1, num_keys) and has_flash_attention(query)
     if num_groups > 1 and not in_place:
         key, value = key.repeat_interleave(num_groups, 1), value.repeat_interleave(num_groups, 1)  # (B, H, S, E)
     if mask is None and 1 < num_queries < num_keys:  # after a cache or a prefix
         mask = causal_lower_right(num_queries, num_keys)
-    out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=in_place
-    )  # (B, H, T, E)
+    out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, enable_gqa=in_place)  # (B, H, T, E)
     return out.transpose(1, 2).flatten(2)  # (B, T, H * E)
 
 
@@ -127,16 +125,12 @@ def has_flash_attention(query):
 
     Any other kernel of a card would fall back to a (B, H, T, T) product; on CPUs it was tried and no step got faster.
     """
-    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
-        return False
-    return torch.cuda.get_device_capability(query.device)[0] >= 8
+    is_half = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    return is_half and torch.cuda.get_device_capability(query.device)[0] >= 8
 
 
 def rotary_angles(position_ids, inv_freq):
-    """position_ids: (..., T) int64; inv_freq: (n,) fp32.
-
-    Returns cos, sin (..., T, n) fp32, whatever the model's dtype.
-    """
+    """position_ids: (..., T) int64; inv_freq: (n,) fp32 -> cos, sin (..., T, n) fp32, whatever the model's dtype."""
     with torch.autocast(device_type=position_ids.device.type, enabled=False):
         angles = position_ids.float()[..., None] * inv_freq
         return angles.cos(), angles.sin()
@@ -147,9 +141,7 @@ class LanguageModelHead(nn.Linear):
 
     def forward(self, hidden, targets=None):
         """hidden: (..., D). Without targets: logits (..., V). With targets (N,): hidden (N, D) -> (N,) fp32 losses."""
-        if targets is None:
-            return super().forward(hidden)
-        return token_losses(hidden, self.weight, targets)
+        return super().forward(hidden) if targets is None else token_losses(hidden, self.weight, targets)
 
 
 def head_losses(hidden, head, labels, index=None):
@@ -160,6 +152,5 @@ def head_losses(hidden, head, labels, index=None):
     """
     index = target_index(labels) if index is None else index
     hidden, targets = hidden.flatten(0, 1)[index], labels.flatten()[index + 1]  # (N, D), (N,)
-    if isinstance(head, LanguageModelHead):
-        return head(hidden, targets)
-    return wrapped_head_losses(hidden, head, targets)
+    has_losses = isinstance(head, LanguageModelHead)
+    return head(hidden, targets) if has_losses else wrapped_head_losses(hidden, head, targets)

@@ -60,31 +60,29 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_losses):
         """grad_losses: (N,) fp32, what each token's loss weighs."""
-        scale = grad_losses[:, None]
-        if not ctx.needs_input_grad[1]:
-            (grad_hidden,) = ctx.saved_tensors
-            return grad_hidden * scale.to(grad_hidden.dtype), None, None
-        hidden, weight, targets = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # Summing chunks in 16 bit would round once a chunk, so several chunks are summed in fp32.
-        sum_dtype = torch.float32 if len(hidden) > chunk_rows(weight.shape[0]) else weight.dtype
-        grad_weight, start = torch.zeros_like(weight, dtype=sum_dtype), 0
-        for part, target, part_scale in _chunks(weight, hidden, targets, scale):
-            _, gradient = _losses_and_gradient(part, weight, target)  # (n, V)
-            if grad_hidden is not None:
-                grad_hidden[start : start + len(part)] = (
-                    gradient.to(weight.dtype) @ weight * part_scale.to(hidden.dtype)
-                )
-            grad_weight += gradient.mul_(part_scale).to(weight.dtype).t() @ part  # (V, D)
-            start += len(part)
-        return grad_hidden, grad_weight.to(weight.dtype), None
+        if ctx.needs_input_grad[1]:
+            return *_gradients(*ctx.saved_tensors, grad_losses[:, None], ctx.needs_input_grad[0]), None
+        (grad_hidden,) = ctx.saved_tensors
+        return grad_hidden * grad_losses[:, None].to(grad_hidden.dtype), None, None
+
+
+def _gradients(hidden, weight, targets, scale, needs_hidden):
+    """Gradients of hidden (or None) and of a weight that learns. scale: (N, 1) fp32, what each token's loss weighs."""
+    # Summing chunks in 16 bit would round once a chunk, so several chunks are summed in fp32.
+    sum_dtype = torch.float32 if len(hidden) > chunk_rows(weight.shape[0]) else weight.dtype
+    grads, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=sum_dtype)
+    for part, target, part_scale, part_grads in _chunks(weight, hidden, targets, scale, grads):
+        _, gradient = _losses_and_gradient(part, weight, target)  # (n, V)
+        if needs_hidden:
+            part_grads.copy_(gradient.to(weight.dtype) @ weight * part_scale.to(hidden.dtype))
+        grad_weight += gradient.mul_(part_scale).to(weight.dtype).t() @ part  # (V, D)
+    return grads if needs_hidden else None, grad_weight.to(weight.dtype)
 
 
 def token_losses(hidden, weight, targets):
-    """Cross-entropy of each of N target tokens, (N,) fp32.
+    """Cross-entropy of each of N target tokens, (N,) fp32. N may be 0: a gradient flows all the same, of zeros.
 
-    hidden: (N, D); weight: (V, D), same dtype; targets: (N,) int64 in [0, V). N may be 0: a gradient flows all the
-    same, of zeros.
+    hidden: (N, D); weight: (V, D), same dtype; targets: (N,) int64 in [0, V).
     """
     return _TokenLosses.apply(hidden, weight, targets)
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import nn
 from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache
 from transformers.utils import ModelOutput
@@ -58,9 +57,7 @@ class Network(OriginalModel, GenerationMixin):
     """
 
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
-    _no_split_modules = ["GLMBlock"]
 
     def begin(self, batch, cache=None):
         """A batch (see data/dataset.py; at least input_ids (B, T) or inputs_embeds (B, T, D)) -> Stream.
@@ -77,9 +74,7 @@ class Network(OriginalModel, GenerationMixin):
             prompt = None if num_past else self.transformer.prompt_encoder().to(embedded.dtype)  # (P, D)
             embedded, position_ids, mask = with_prompt(prompt, config.prompt_len, embedded, position_ids, mask)
         cos, sin = (table.to(embedded.dtype)[:, None] for table in self.angles(position_ids))  # (B, 1, T, ...)
-        prefixes = [None] * config.num_layers
-        if config.pre_seq_len:
-            prefixes = prefix_keys_values(self.transformer, config, len(embedded), embedded.dtype)
+        prefixes = prefix_keys_values(self, embedded) if config.pre_seq_len else [None] * config.num_layers
         return Stream(embedded, mask, cos, sin, prefixes)
 
     def end(self, hidden, batch):
@@ -115,28 +110,17 @@ class Network(OriginalModel, GenerationMixin):
     ):
         """Next-token logits, or losses -> Output.
 
-        input_ids: (B, T) int64, or inputs_embeds: (B, T, D). attention_mask: (B, S) 1 = token, 0 = padding; ChatGLM-6B
-        also takes the original's (B, 1, T, T) bool, True = masked.
-        position_ids: (B, T) int64, of ChatGLM-6B (B, 2, T).
-        segment_ids: (B, S) int64 (-1 padding) and is_prefix: (B, S) bool replace attention_mask: see `layers.visible`.
+        input_ids: (B, T) int64, or inputs_embeds: (B, T, D). position_ids: (B, T) int64, of ChatGLM-6B (B, 2, T).
+        attention_mask: (B, S) 1 = token, 0 = padding; ChatGLM-6B also takes the original's (B, 1, T, T) bool, True =
+        masked. segment_ids: (B, S) int64 (-1 padding) and is_prefix: (B, S) bool replace it: see `layers.visible`.
         segment_bounds: (N + 1,) int32, samples end to end in a row, causal within each: see `layers.Segments`.
         What is left out is derived: see `layout` of the model.
         labels: (B, T) int64, not shifted, -100 = not a target; target_index: see `loss.target_index`.
         logits_to_keep: logits of the last so many positions only; 0 = all. return_logits: default, when without labels.
         """
+        batch = dict(locals())  # each argument by its name
         if output_attentions or output_hidden_states or return_dict is False:
             raise ValueError("output_attentions, output_hidden_states and return_dict=False are not supported.")
-        batch = {
-            "input_ids": input_ids,
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "segment_ids": segment_ids,
-            "is_prefix": is_prefix,
-            "segment_bounds": segment_bounds,
-            "labels": labels,
-            "target_index": target_index,
-        }
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         cache = DynamicCache(config=self.config) if past_key_values is None and use_cache else past_key_values
         stream = self.begin(batch, cache)
@@ -144,15 +128,8 @@ class Network(OriginalModel, GenerationMixin):
         for layer, prefix in zip(self.layers, stream.prefixes):
             hidden = layer(hidden, stream.mask, stream.cos, stream.sin, prefix, cache)
         hidden = hidden[:, -num_tokens:]  # without the prompt of P-Tuning version 1
-        output = Output(past_key_values=cache)
-        if labels is not None:
-            output.token_losses = self.end(hidden, batch)
-            output.loss = output.token_losses.sum() / max(len(output.token_losses), 1)
-        if return_logits or (return_logits is None and labels is None):
-            output.logits = self.logits(hidden, logits_to_keep)
-        return output
-
-
-def new_dropout(probability):
-    """Dropout, or nothing at all when the probability is 0."""
-    return nn.Dropout(probability) if probability else nn.Identity()
+        losses = None if labels is None else self.end(hidden, batch)
+        loss = None if labels is None else losses.sum() / max(len(losses), 1)
+        wants_logits = labels is None if return_logits is None else return_logits
+        logits = self.logits(hidden, logits_to_keep) if wants_logits else None
+        return Output(loss, logits, cache, losses)

@@ -5,7 +5,6 @@ transformers warns about names that do not fit, here they are an error, and ever
 the dtype asked for. Not here: what is computed, see `network`.
 """
 
-import inspect
 from pathlib import Path
 
 import torch
@@ -19,13 +18,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class OriginalConfig(PreTrainedConfig):
-    """A config.json of the original project. `source` keeps it as it was read, so that it can be written back."""
+    """A config.json of the original project. `source` keeps it as it was read, so that it can be written back.
+
+    A subclass lists the fields with their defaults (transformers makes the constructor), and has head_size,
+    num_kv_heads, and max_positions: the longest text the model was made for, in tokens.
+    """
 
     model_type = "chatglm"
     prompt_len = None  # embeddings of a P-Tuning v1 prompt; a field of this project's own
     prefix_embedding_size = None  # of a P-Tuning v2 encoder; None: that of the keys and values
-    keys_to_ignore_at_inference = ["past_key_values"]
     required_fields = ()  # fields that a config.json of this architecture has and the other's lacks
+    attribute_map = {"num_hidden_layers": "num_layers"}  # another name of a field
 
     @classmethod
     def from_pretrained(cls, folder):
@@ -42,15 +45,14 @@ class OriginalConfig(PreTrainedConfig):
     @classmethod
     def _check_types(cls, fields, path):
         """Raise UserError for a field whose type is not that of its default, a negative number, an unknown dtype."""
-        defaults = {name: parameter.default for name, parameter in inspect.signature(cls.__init__).parameters.items()}
-        for name, value in fields.items():
-            kinds = {bool: bool, int: int, float: (int, float)}.get(type(defaults.get(name)), object)
+        for name in filter(cls.__annotations__.__contains__, fields):
+            value, default = fields[name], getattr(cls, name)
+            kinds = {bool: bool, int: int, float: (int, float)}.get(type(default), object)
             if not isinstance(value, kinds) or (kinds not in (bool, object) and value < 0):
-                raise UserError(f"{path}: {name} is {value!r}, expected something like {defaults[name]!r}.")
-        if fields.get("torch_dtype", "float32") not in DTYPE_NAMES.values():
-            raise UserError(
-                f"{path}: torch_dtype is {fields['torch_dtype']!r}, expected one of {', '.join(DTYPE_NAMES.values())}."
-            )
+                raise UserError(f"{path}: {name} is {value!r}, expected something like {default!r}.")
+        known = DTYPE_NAMES.values()
+        if (dtype := fields.get("torch_dtype", "float32")) not in known:
+            raise UserError(f"{path}: torch_dtype is {dtype!r}, expected one of {', '.join(known)}.")
 
     def to_original(self, **changes):
         """The fields of config.json, as read, with `changes` (None removes a field)."""
@@ -65,31 +67,21 @@ class OriginalModel(PreTrainedModel):
     ignored_in_file = (r"\.inv_freq$",)  # rotary frequencies: the original stores and never reads them
 
     @classmethod
-    def from_pretrained(cls, folder, dtype=None, config=None, device="cpu", may_miss=(), place=None):
+    def from_pretrained(cls, folder, dtype=None, place=None):
         """Load an original checkpoint folder, or one saved by this project.
 
         dtype: torch.float32, bfloat16 or float16 for every weight; default: `torch_dtype` of config.json.
-        config: replaces the folder's own (to set `pre_seq_len`); may_miss: see `weights.fill`.
-        place: where the weights go, instead of whole onto `device` as `dtype`; see `weights.OnDevice`.
+        place: where the weights go, instead of whole onto the CPU as `dtype`; see `weights.OnDevice`.
         Peak memory is the model plus one tensor. Returns the model in eval mode.
         Raises UserError for a folder, file, name or shape that does not fit.
         """
-        config = cls.config_class.from_pretrained(folder) if config is None else config
+        config = cls.config_class.from_pretrained(folder)
         dtype = dtype or getattr(torch, config.source.get("torch_dtype", "float32"))
-        place = place or weights.OnDevice(dtype, device)
+        place = place or weights.OnDevice(dtype, torch.device("cpu"))
         model = place.construct(lambda: cls(config))
-        new = weights.fill(model, folder, place, cls.ignored_in_file, may_miss, model.tied_names())
-        model._initialise_new(new, device)
+        weights.fill(model, folder, place, cls.ignored_in_file, model.tied_names())
         model.tie_weights()
         return model.eval()
-
-    def _initialise_new(self, names, device):
-        """Give parameters that no file had torch's default values in fp32 (a new prefix encoder, as in the
-        original).
-        """
-        for owner in sorted({name.rpartition(".")[0] for name in names}):
-            module = self.get_submodule(owner).to_empty(device=device)
-            module.float().reset_parameters()
 
     def tied_names(self):
         """{alias in the file: parameter}; empty when the head has its own weight."""
@@ -98,16 +90,8 @@ class OriginalModel(PreTrainedModel):
     def get_input_embeddings(self):
         return self.get_submodule(self.input_embeddings_name)
 
-    def set_input_embeddings(self, module):
-        owner, _, attribute = self.input_embeddings_name.rpartition(".")
-        setattr(self.get_submodule(owner), attribute, module)
-
     def get_output_embeddings(self):
         return self.get_submodule(self.output_embeddings_name)
-
-    def set_output_embeddings(self, module):
-        owner, _, attribute = self.output_embeddings_name.rpartition(".")
-        setattr(self.get_submodule(owner) if owner else self, attribute, module)
 
     def stored_buffers(self):
         """{name: tensor} that the original's files contain besides parameters (inverse rotary frequencies)."""

@@ -70,14 +70,15 @@ class PromptEncoder(nn.Module):
         return self.dropout(prompt)
 
 
-def prefix_keys_values(transformer, config, batch_size, dtype):
-    """The prefix of `new_prefix` as one (key, value) pair for each layer, each (B, K, P, E), not rotated."""
+def prefix_keys_values(model, embedded):
+    """The prefix of `new_prefix` for embedded (B, T, D): a (key, value) of each layer, (B, K, P, E), not rotated."""
     # What the encoder gives of one prefix token, at 2 layers: keys of layer 0, its values, keys of layer 1, its values.
-    index = torch.arange(config.pre_seq_len, device=transformer.prefix_encoder.embedding.weight.device)
-    prefix = transformer.prefix_encoder(index).to(dtype)  # (P, L * 2 * K * E)
+    config, transformer = model.config, model.transformer
+    index = torch.arange(config.pre_seq_len, device=embedded.device)
+    prefix = transformer.prefix_encoder(index).to(embedded.dtype)  # (P, L * 2 * K * E)
     prefix = prefix.view(config.pre_seq_len, 2 * config.num_layers, config.num_kv_heads, -1)  # (P, 2L, K, E)
     prefix = prefix.permute(1, 2, 0, 3)  # (2L, K, P, E)
-    prefix = transformer.dropout(prefix[:, None].expand(-1, batch_size, -1, -1, -1))  # (2L, B, K, P, E)
+    prefix = transformer.dropout(prefix[:, None].expand(-1, len(embedded), -1, -1, -1))  # (2L, B, K, P, E)
     return list(zip(prefix[0::2], prefix[1::2]))
 
 

@@ -30,11 +30,12 @@ def mode_of(fields, folder_name):
 def refuse_architecture(mode, path, fields):
     """Raise UserError if a config.json (its path and what it holds) is of another architecture than the mode's."""
     if missing := mode.missing_in(fields):
-        known = [(" and ".join(m.released), "are" if len(m.released) > 1 else "is", m.name) for m in MODE.values()]
-        raise UserError(
-            f"{path}: not a configuration of this --mode: it has no {missing}. "
-            f"{', '.join(f'{models} {verb} --mode {name}' for models, verb, name in known)}."
-        )
+        raise UserError(f"{path}: not a configuration of this --mode: it has no {missing}. {_released()}.")
+
+
+def _released():
+    known = [(" and ".join(m.released), "are" if len(m.released) > 1 else "is", m.name) for m in MODE.values()]
+    return ", ".join(f"{models} {verb} --mode {name}" for models, verb, name in known)
 
 
 def refuse_others(mode, folder, fields):

@@ -60,18 +60,17 @@ def clean_response(text, history=None):
     return text, history
 
 
-TEMPLATE = Template(
-    draft,
-    question_tail=3,  # the tokens of "答：" that the original keeps
-    overhead=3,  # [gMASK] <sop> <eop>
-    text_prefix=1,
-)
 GLM = Mode(
     name="glm",
     config=ChatGLMConfig,
     model=ChatGLMForConditionalGeneration,
     tokenizer=ChatGLMTokenizer,
-    template=TEMPLATE,
+    template=Template(
+        draft,
+        question_tail=3,  # the tokens of "答：" that the original keeps
+        overhead=3,  # [gMASK] <sop> <eop>
+        text_prefix=1,
+    ),
     positions=positions,
     clean_response=clean_response,
     finish_turn=partial(finish_pair, clean_response),
@@ -80,17 +79,4 @@ GLM = Mode(
     lora_targets=("query_key_value",),
     released=("ChatGLM-6B",),
     names=r"chatglm-6b",
-    tiny_config=dict(
-        hidden_size=32,
-        inner_hidden_size=64,
-        num_layers=2,
-        num_attention_heads=2,
-        layernorm_epsilon=1e-5,
-        max_sequence_length=256,
-        position_encoding_2d=True,
-        model_type="chatglm",
-        use_cache=True,
-        torch_dtype="float32",
-        architectures=["ChatGLMModel"],
-    ),
 )

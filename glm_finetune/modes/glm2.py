@@ -14,37 +14,6 @@ from glm_finetune.modes.spec import Mode, finish_pair, split_turns
 from glm_finetune.modes.template import ANSWER, FIXED, QUESTION, Draft, Template
 from glm_finetune.modes.tokenizer import ChatGLM2Tokenizer
 
-TINY_CONFIG = dict(
-    hidden_size=32,
-    num_layers=2,
-    num_attention_heads=4,
-    kv_channels=8,
-    multi_query_attention=True,
-    multi_query_group_num=2,
-    ffn_hidden_size=48,
-    seq_length=256,
-    layernorm_epsilon=1e-5,
-    rmsnorm=True,
-    post_layer_norm=True,
-    add_qkv_bias=True,
-    add_bias_linear=False,
-    apply_residual_connection_post_layernorm=False,
-    original_rope=True,
-    tie_word_embeddings=False,
-    attention_dropout=0.0,
-    hidden_dropout=0.0,
-    apply_query_key_layer_scaling=True,
-    attention_softmax_in_fp32=True,
-    bias_dropout_fusion=True,
-    fp32_residual_connection=False,
-    model_type="chatglm",
-    use_cache=True,
-    torch_dtype="float32",
-    eos_token_id=2,
-    pad_token_id=0,
-    architectures=["ChatGLMModel"],
-)
-
 
 def prompt(history, question, style="train"):
     """The text before the answer, in training and in the official chat alike: rounds from 1, full-width colons."""
@@ -72,17 +41,16 @@ def clean_response(text, history=None):
     return text.strip().replace("[[训练时间]]", "2023年"), history
 
 
-TEMPLATE = Template(
-    draft,
-    question_tail=4,  # the tokens of "\n\n答：" that the original keeps
-    overhead=3,  # [gMASK] sop </s>
-)
 GLM2 = Mode(
     name="glm2",
     config=ChatGLM2Config,
     model=ChatGLM2ForConditionalGeneration,
     tokenizer=ChatGLM2Tokenizer,
-    template=TEMPLATE,
+    template=Template(
+        draft,
+        question_tail=4,  # the tokens of "\n\n答：" that the original keeps
+        overhead=3,  # [gMASK] sop </s>
+    ),
     positions=positions,
     clean_response=clean_response,
     finish_turn=partial(finish_pair, clean_response),
@@ -91,5 +59,4 @@ GLM2 = Mode(
     lora_targets=("query_key_value",),
     released=("ChatGLM2-6B", "CodeGeeX2"),
     names=r"chatglm2|codegeex2",
-    tiny_config=TINY_CONFIG,
 )

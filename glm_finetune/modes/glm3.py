@@ -10,7 +10,7 @@ import json
 
 from glm_finetune.errors import UserError
 from glm_finetune.models.glm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration
-from glm_finetune.modes.glm2 import TINY_CONFIG, positions
+from glm_finetune.modes.glm2 import positions
 from glm_finetune.modes.spec import Mode
 from glm_finetune.modes.template import ANSWER, FIXED, QUESTION, Draft, Template
 from glm_finetune.modes.tokenizer import ChatGLM3Tokenizer
@@ -108,18 +108,17 @@ def stop_token_ids(tokenizer):
     return [tokenizer.eos_token_id, tokenizer.get_command("<|user|>"), tokenizer.get_command("<|observation|>")]
 
 
-TEMPLATE = Template(
-    draft,
-    question_tail=0,  # the original cuts a long question at its end
-    overhead=6,  # of the original's arithmetic: [gMASK] sop </s>, and three tokens that stay unused
-    joins_answers=True,
-)
 GLM3 = Mode(
     name="glm3",
     config=ChatGLM2Config,
     model=ChatGLM2ForConditionalGeneration,
     tokenizer=ChatGLM3Tokenizer,
-    template=TEMPLATE,
+    template=Template(
+        draft,
+        question_tail=0,  # the original cuts a long question at its end
+        overhead=6,  # of the original's arithmetic: [gMASK] sop </s>, and three tokens that stay unused
+        joins_answers=True,
+    ),
     positions=positions,
     clean_response=clean_response,
     finish_turn=finish_turn,
@@ -128,5 +127,4 @@ GLM3 = Mode(
     lora_targets=("query_key_value",),
     released=("ChatGLM3-6B",),
     names=r"chatglm3",
-    tiny_config=TINY_CONFIG,
 )

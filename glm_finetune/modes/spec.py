@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from glm_finetune.errors import UserError
 
@@ -59,7 +59,6 @@ class Mode:
     lora_targets: tuple
     released: tuple  # its models, in words
     names: str  # pattern of what its checkpoints are called: `_name_or_path` of config.json, or their folder
-    tiny_config: dict = field(repr=False)
 
     def missing_in(self, fields):
         """Fields of this mode's architecture, which modes may share, that a config.json (a dict) lacks."""
@@ -70,13 +69,8 @@ class Mode:
         match = re.search(self.names, text, re.IGNORECASE)
         return match and match.start()
 
-    @property
-    def render(self):
-        return self.template.render
-
-    @property
-    def samples(self):
-        return self.template.samples
+    render = property(lambda self: self.template.render)
+    samples = property(lambda self: self.template.samples)
 
 
 def split_turns(messages):

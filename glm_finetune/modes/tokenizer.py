@@ -22,22 +22,12 @@ from glm_finetune.errors import UserError
 from glm_finetune.weights import read_json
 
 # transformers' clean_up_tokenization, the default of the original ChatGLM-6B and ChatGLM2-6B tokenizers
-CLEAN_UP = (
-    (" .", "."),
-    (" ?", "?"),
-    (" !", "!"),
-    (" ,", ","),
-    (" ' ", "'"),
-    (" n't", "n't"),
-    (" 'm", "'m"),
-    (" 's", "'s"),
-    (" 've", "'ve"),
-    (" 're", "'re"),
-)
+CLEAN_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 
 class Tokenizer:
-    """Common part. Subclasses give the file name, the special tokens and where they go.
+    """Common part. Subclasses give the file name, the special tokens and where they go: special_names() -> {id: name},
+    for showing them, and pieces(ids, skip_special_tokens=False) -> the pieces of those ids that have a text.
 
     Attributes of the originals: vocab_size, pad_token_id, eos_token_id, padding_side, model_input_names.
     """
@@ -46,31 +36,27 @@ class Tokenizer:
     model_input_names = ["input_ids", "attention_mask", "position_ids"]
     clean_up_default = True
     num_image_tokens = 0  # ids before SentencePiece's own
-    has_own_white_space = False
     open_mark = None  # pattern of a text whose end may be the beginning of what `white_space` replaces
 
     def __init__(self, folder, fields):
-        path = Path(folder) / self.model_file
-        try:
-            self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
-            found = sorted(p.name for p in Path(folder).iterdir()) if Path(folder).is_dir() else "no such folder"
-            raise UserError(
-                f"{path}: not a readable SentencePiece model ({str(error).splitlines()[0]}). "
-                f"Found in the folder: {found}."
-            ) from None
         self.folder = Path(folder)
+        try:
+            self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.folder / self.model_file))
+        except (OSError, RuntimeError) as error:
+            raise self._unreadable(error) from None
         self.padding_side = fields.get("padding_side", "left")
         self.clean_up = fields.get("clean_up_tokenization_spaces", self.clean_up_default)
         self.remove_space, self.do_lower_case = fields.get("remove_space", False), fields.get("do_lower_case", False)
-        self.normalizes = self.has_own_white_space or self.remove_space or self.do_lower_case
+
+    def _unreadable(self, error):
+        path = self.folder / self.model_file
+        found = sorted(p.name for p in self.folder.iterdir()) if self.folder.is_dir() else "no such folder"
+        reason = str(error).splitlines()[0]
+        return UserError(f"{path}: not a readable SentencePiece model ({reason}). Found in the folder: {found}.")
 
     @classmethod
     def from_pretrained(cls, folder):
-        """Read the tokenizer files of a checkpoint folder.
-
-        Raises UserError naming the file that is missing or wrong.
-        """
+        """Read the tokenizer files of a folder. Raises UserError naming the file that is missing or wrong."""
         config = Path(folder) / "tokenizer_config.json"
         return cls(folder, read_json(config) if config.is_file() else {})
 
@@ -82,10 +68,6 @@ class Tokenizer:
 
     def __len__(self):
         return self.vocab_size
-
-    def special_names(self):
-        """{id: name} of the special tokens, for showing them."""
-        raise NotImplementedError
 
     def encode_text(self, text):
         """Ids of plain text; a special id is never among them. text: str -> list of int."""
@@ -102,8 +84,7 @@ class Tokenizer:
         Returns a list of (T,) int32 arrays. All texts are encoded in one call, which is some times faster.
         """
         texts = [part for part in parts if isinstance(part, str)]
-        plain = [self.normalize(text) for text in texts] if self.normalizes else texts
-        found = self.sp.encode(plain, return_type="numpy", num_threads=num_threads)
+        found = self.sp.encode(list(map(self.normalize, texts)), return_type="numpy", num_threads=num_threads)
         if self.num_image_tokens:
             found = [ids + np.int32(self.num_image_tokens) for ids in found]
         special = np.array([*self.special_ids], np.int32)
@@ -120,18 +101,16 @@ class Tokenizer:
         return [i for i in characters if i not in self.special_ids]
 
     def encode(self, text, pair=None, add_special_tokens=True, max_length=None, truncation=False):
-        """The original's encode(): ids of `text` (and `pair`) with its special tokens.
-
-        `truncation` cuts the end of text.
-        """
-        ids = [self.convert_tokens_to_ids(token) for token in self.tokenize(text)]
-        pair_ids = None if pair is None else [self.convert_tokens_to_ids(token) for token in self.tokenize(pair)]
+        """The original's encode(): ids of `text` (and `pair`) with its special tokens; truncation cuts the text."""
+        ids, pair_ids = (None if part is None else self.plain_ids(part) for part in (text, pair))
         if truncation and max_length is not None:
             num_special = len(self.add_special_tokens([], pair_ids)) if add_special_tokens else 0
             ids = ids[: max(0, max_length - num_special)]
-        if add_special_tokens:
-            return self.add_special_tokens(ids, pair_ids)
-        return ids + (pair_ids or [])
+        return self.add_special_tokens(ids, pair_ids) if add_special_tokens else ids + (pair_ids or [])
+
+    def plain_ids(self, text):
+        """The original's ids of a text alone."""
+        return [self.convert_tokens_to_ids(token) for token in self.tokenize(text)]
 
     def normalize(self, text):
         """What SentencePiece is given: options of tokenizer_config.json that no released checkpoint sets."""
@@ -143,13 +122,9 @@ class Tokenizer:
         ids = [ids] if isinstance(ids, int) else [int(i) for i in ids]
         text = self.white_space(self.sp.decode_pieces(self.pieces(ids, skip_special_tokens)))
         if self.clean_up if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces:
-            for old, new in CLEAN_UP:
-                text = text.replace(old, new)
+            for spaced in CLEAN_UP:
+                text = text.replace(spaced, spaced.strip())
         return text
-
-    def pieces(self, ids, skip_special_tokens=False):
-        """The pieces of those ids that have a text."""
-        raise NotImplementedError
 
     def white_space(self, text):
         """Decoded pieces -> text: the other direction of `normalize`."""
@@ -165,27 +140,20 @@ class Tokenizer:
         return_tensors=None,
         padding_side=None,
     ):
-        """The original's tokenizer(texts): ids with special tokens, and mask and positions where the original gives
-        them.
+        """The original's tokenizer(texts): ids with special tokens; mask and positions where the original gives them.
 
         texts: str or list of str. padding: False, True ("longest") or "max_length". return_tensors: None or "pt".
         """
         single = isinstance(texts, str)
         rows = [self.encode(t, max_length=max_length, truncation=truncation) for t in ([texts] if single else texts)]
-        width = self._width(rows, padding, max_length, pad_to_multiple_of)
+        width = None if not padding else max_length if padding == "max_length" else max(map(len, rows))
+        if width and pad_to_multiple_of:
+            width += -width % pad_to_multiple_of
         batch = self.pad(rows, width, padding_side or self.padding_side)
         if return_tensors == "pt":
             return {name: torch.stack([torch.as_tensor(v) for v in values]) for name, values in batch.items()}
         values = {name: [torch.as_tensor(v).tolist() for v in rows] for name, rows in batch.items()}
         return {name: rows[0] for name, rows in values.items()} if single else values
-
-    @staticmethod
-    def _width(rows, padding, max_length, multiple):
-        """Length to pad to, or None for no padding."""
-        if not padding:
-            return None
-        width = max_length if padding == "max_length" else max(map(len, rows))
-        return width + -width % multiple if multiple else width
 
 
 class ChatGLMTokenizer(Tokenizer):
@@ -195,22 +163,10 @@ class ChatGLMTokenizer(Tokenizer):
     """
 
     model_file = "ice_text.model"
-    has_own_white_space = True
     open_mark = re.compile(r"<(n|\|[a-z]{0,5}_?[0-9]{0,2}\|?)?\Z")
     max_blank_length = 80
-    control_tokens = (
-        "[MASK]",
-        "[gMASK]",
-        "[sMASK]",
-        "<unused_0>",
-        "<sop>",
-        "<eop>",
-        "<ENC>",
-        "<dBLOCK>",
-        "<pad>",
-        "<s>",
-        "</s>",
-    )
+    control_tokens = "[MASK] [gMASK] [sMASK] <unused_0> <sop> <eop> <ENC> <dBLOCK> <pad> <s> </s>"
+    text_specials = ("<sop>", "<eop>", "<unk>", "<pad>", "[MASK]")  # what the original's encode() finds in text
 
     def __init__(self, folder, fields):
         super().__init__(folder, fields)
@@ -220,22 +176,14 @@ class ChatGLMTokenizer(Tokenizer):
         self.bos_token_id, self.eos_token_id = self._special("<sop>"), self._special("<eop>")
         self.begin_ids = [self.gmask_token_id, self.bos_token_id]  # of a text that answers no question
         self.pad_token_id = self._special("<pad>")
-        ids = (self.convert_tokens_to_ids(token) for token in self.control_tokens)
+        ids = (self.convert_tokens_to_ids(token) for token in self.control_tokens.split())
         self.special_ids = frozenset(i for i in ids if i != self.num_image_tokens + self.sp.unk_id())
-        self.text_specials = (
-            "<sop>",
-            "<eop>",
-            "<unk>",
-            "<pad>",
-            "[MASK]",
-        )  # what the original's encode() finds in text
         self.skipped_ids = frozenset(self.convert_tokens_to_ids(token) for token in self.text_specials)
 
     def _special(self, token):
         if self.sp.piece_to_id(token) == self.sp.unk_id():
-            raise UserError(
-                f"{self.folder / self.model_file}: has no piece {token}; this is not ChatGLM-6B's vocabulary."
-            )
+            path = self.folder / self.model_file
+            raise UserError(f"{path}: has no piece {token}; this is not ChatGLM-6B's vocabulary.")
         return self.convert_tokens_to_ids(token)
 
     def special_names(self):
@@ -293,18 +241,17 @@ class ChatGLMTokenizer(Tokenizer):
         batch = {"input_ids": [], "attention_mask": [], "position_ids": []}
         for ids in rows:
             left = width - len(ids) if side == "left" else 0
-            here = slice(left, left + len(ids))
-            masked = torch.ones(1, width, width, dtype=torch.bool)
             context = ids.index(self.bos_token_id) if self.bos_token_id in ids else len(ids)
-            visible = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
-            visible[:, :context] = True
-            masked[0, here, here] = ~visible
+            here, answer = slice(left, left + len(ids)), slice(left + context, left + len(ids))
+            masked = torch.ones(1, width, width, dtype=torch.bool)
+            masked[0, here, here].triu_(1)
+            masked[0, here, left : left + context] = False
             positions = torch.zeros(2, width, dtype=torch.long)
             positions[0, here] = torch.arange(len(ids))
             mask_token = self.mask_token_id if self.mask_token_id in ids else self.gmask_token_id
             if mask_token in ids:
-                positions[0, left + context : left + len(ids)] = ids.index(mask_token)
-            positions[1, left + context : left + len(ids)] = torch.arange(1, len(ids) - context + 1)
+                positions[0, answer] = ids.index(mask_token)
+            positions[1, answer] = torch.arange(1, len(ids) - context + 1)
             padding = [self.pad_token_id] * (width - len(ids))
             batch["input_ids"].append(padding + ids if side == "left" else ids + padding)
             batch["attention_mask"].append(masked)
@@ -313,9 +260,7 @@ class ChatGLMTokenizer(Tokenizer):
 
 
 class ChatGLM2Tokenizer(Tokenizer):
-    """ChatGLM2-6B and CodeGeeX2: `tokenizer.model`, special tokens behind its vocabulary; [gMASK] sop precede the
-    text.
-    """
+    """ChatGLM2-6B and CodeGeeX2: `tokenizer.model`, special tokens behind its vocabulary; [gMASK] sop begin a text."""
 
     model_file = "tokenizer.model"
     special_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
@@ -344,19 +289,12 @@ class ChatGLM2Tokenizer(Tokenizer):
 
     def convert_id_to_token(self, token_id):
         """The piece; special tokens have none here, as in the original."""
-        return self.sp.id_to_piece(token_id) if self._is_text(token_id) else ""
+        has_none = token_id in (self.bos_token_id, self.eos_token_id, self.pad_token_id)
+        return "" if has_none or not 0 <= token_id < self.sp.vocab_size() else self.sp.id_to_piece(token_id)
 
-    def _is_text(self, token_id):
-        hidden = (self.bos_token_id, self.eos_token_id, self.pad_token_id)
-        return 0 <= token_id < self.sp.vocab_size() and token_id not in hidden
-
-    def encode(self, text, pair=None, add_special_tokens=True, max_length=None, truncation=False):
-        """See Tokenizer.encode. Text is never special in these modes, so "sop" in it is an ordinary word."""
-        ids, pair_ids = (None if part is None else self.sp.encode(self.normalize(part)) for part in (text, pair))
-        if truncation and max_length is not None:
-            num_special = len(self.add_special_tokens([], pair_ids)) if add_special_tokens else 0
-            ids = ids[: max(0, max_length - num_special)]
-        return self.add_special_tokens(ids, pair_ids) if add_special_tokens else ids + (pair_ids or [])
+    def plain_ids(self, text):
+        """Text is never special in these modes, so "sop" in it is an ordinary word."""
+        return self.sp.encode(self.normalize(text))
 
     def tokenize(self, text):
         return self.sp.encode(self.normalize(text), out_type=str)

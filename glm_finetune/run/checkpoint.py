@@ -1,6 +1,6 @@
-"""What a training run leaves: output_dir/epoch-E-step-S/ with weights or an adapter, tokenizer and train_config.json.
+"""What a run leaves: output_dir/epoch-E-step-S/ with weights or an adapter, tokenizer, train_config.json and `state`.
 
-A checkpoint is written under a temporary name and renamed when complete; what a run needs to go on is `state`'s.
+It is written under a temporary name and renamed when complete.
 """
 
 import math
@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Thread
 
 from glm_finetune import dist
-from glm_finetune.errors import UserError
+from glm_finetune.errors import NotWritten, UserError
 from glm_finetune.record import describe, write_record
 from glm_finetune.run import state
 from glm_finetune.run.engine import is_partitioned, whole
@@ -36,14 +36,14 @@ def gathered(model, trainable_only, to_keep=False):
 class Saver:
     """Writes the checkpoints of a run, in the background where --async_save says so. All ranks must call its methods.
 
-    best: {"step", "eval_loss", "checkpoint"} of the lowest loss on the evaluation data so far, or None.
+    record: `record.train_record`. best: {"step", "eval_loss", "checkpoint"} of the lowest loss on the evaluation data
+    so far, or None.
     """
 
     def __init__(self, engine, tokenizer, train_type, config, record, best=None):
-        """record: `record.train_record`. best: of an earlier run."""
         self.engine, self.tokenizer, self.train_type, self.config = engine, tokenizer, train_type, config
         self.record, self.best = record, best
-        self.thread, self.problem, self.newest = None, None, None
+        self.thread = self.problem = self.newest = None
 
     def save(self, progress, run_state, eval_loss=None):
         """Write output_dir/epoch-E-step-S/, E counted from 1, and point `latest` to it; returns its path.
@@ -54,47 +54,44 @@ class Saver:
         epoch = max(1, progress.epoch + (progress.rows > 0))  # of the last row
         target = Path(self.config.output_dir) / f"epoch-{epoch}-step-{progress.step}"
         self.wait()
-        there = dist.from_main(self._there(progress.step) if dist.is_main() else None)
-        if there:
+        if there := dist.from_main(self._there(progress.step) if dist.is_main() else None):
             return there
-        is_number = eval_loss is not None and math.isfinite(eval_loss)
-        if is_number and (self.best is None or eval_loss < self.best["eval_loss"]):
-            self.best = {"step": progress.step, "eval_loss": eval_loss, "checkpoint": target.name}
-        record = {**self.record, "epoch": epoch, "step": progress.step}
+        if eval_loss is not None:
+            self._compare(progress.step, eval_loss, target.name)
         tensors, randoms, numbers = run_state
-        numbers = {**numbers, "best": self.best}
-        later = self.config.async_save
-        weights = gathered(self.engine.module, self.train_type.saves != "weights", to_keep=later and dist.is_main())
-        if dist.is_main() and later:
-            parts = (target, list(weights), list(tensors), randoms, numbers, record)
-            self.thread = Thread(target=self._write_in_background, args=parts)
+        known = randoms, {**numbers, "best": self.best}, {**self.record, "epoch": epoch, "step": progress.step}
+        later = self.config.async_save and dist.is_main()
+        weights = gathered(self.engine.module, self.train_type.saves != "weights", to_keep=later)
+        if later:
+            self.thread = Thread(target=self._write_later, args=(target, list(weights), list(tensors), *known))
             self.thread.start()
         elif dist.is_main():
-            self._write(target, weights, tensors, randoms, numbers, record)
+            self._write(target, weights, tensors, *known)
         for _ in chain(weights, tensors):  # ranks that do not write take part in the gathering all the same
             pass
-        if not later:
+        if not self.config.async_save:
             self.wait()
         return target
+
+    def _compare(self, step, eval_loss, name):
+        if math.isfinite(eval_loss) and (self.best is None or eval_loss < self.best["eval_loss"]):
+            self.best = {"step": step, "eval_loss": eval_loss, "checkpoint": name}
 
     def wait(self):
         """Until what is being written in the background is complete. Raises NotWritten on every rank if it failed."""
         if self.thread:
             self.thread.join()
-            self.thread = None
         problem, self.problem = self.problem, None
-        if isinstance(problem, Exception):
+        if problem and not isinstance(problem, NotWritten):
             raise problem
         dist.all_agree(problem)
 
     def _there(self, step):
         """The checkpoint of a step, or None: one that this run has written or went on from. Others are not whole."""
-        for folder in checkpoints(self.config.output_dir):
-            if step_of(folder) == step and (folder == self.newest or damage(folder) is None):
-                return folder
-        return None
+        found = [folder for folder in checkpoints(self.config.output_dir) if step_of(folder) == step]
+        return next((folder for folder in found if folder == self.newest or damage(folder) is None), None)
 
-    def _write_in_background(self, *parts):
+    def _write_later(self, *parts):
         try:
             self._write(*parts)
         except Exception as error:  # what nobody expected must not end with the thread: `wait` raises it
@@ -119,7 +116,7 @@ class Saver:
                 forget_old(target, self.config.save_total_limit, numbers["best"])
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            self.problem = f"saving {target} failed: {error}. Earlier checkpoints are untouched."
+            self.problem = NotWritten(f"saving {target} failed: {error}. Earlier checkpoints are untouched.")
 
 
 def forget_old(newest, limit, best):
@@ -127,23 +124,12 @@ def forget_old(newest, limit, best):
 
     What is numbered higher was there before and was passed over as damaged: it counts for nothing.
     """
-    whole = [folder for folder in checkpoints(newest.parent) if not _missing_bytes(folder)]
+    whole = [folder for folder in checkpoints(newest.parent) if damage(folder, sizes_only=True) is None]
     for old in [folder for folder in whole if step_of(folder) <= step_of(newest)][:-limit]:
         if not best or old.name != best["checkpoint"]:
             gone = old.with_name(TEMPORARY + old.name)  # a half-deleted one must not look like a checkpoint
             os.replace(old, gone)
             shutil.rmtree(gone)
-
-
-def _missing_bytes(folder):
-    """Whether a file of a checkpoint is missing or of another size; a look at the names only, fast."""
-    if not (folder / MANIFEST).is_file():
-        return True
-    try:
-        sizes = [(folder / name, entry["bytes"]) for name, entry in _manifest(folder).items()]
-    except UserError:
-        return True
-    return any(not path.is_file() or path.stat().st_size != size for path, size in sizes)
 
 
 def _write_model(model, tokenizer, train_type, folder, weights):
@@ -174,8 +160,8 @@ def _manifest(folder):
     return manifest
 
 
-def damage(folder):
-    """What is wrong with a checkpoint, or None."""
+def damage(folder, sizes_only=False):
+    """What is wrong with a checkpoint, or None. sizes_only: a look at names and sizes, fast."""
     if not (folder / MANIFEST).is_file():
         return f"{folder}: no {MANIFEST}; it is not a complete checkpoint of this project."
     try:
@@ -183,8 +169,8 @@ def damage(folder):
     except UserError as error:
         return f"{error} The checkpoint is damaged."
     for name, expected in manifest.items():
-        if not (folder / name).is_file():
+        if not (path := folder / name).is_file():
             return f"{folder}: {name} is missing."
-        if (folder / name).stat().st_size != expected["bytes"] or describe(folder / name) != expected:
+        if path.stat().st_size != expected["bytes"] or not sizes_only and describe(path) != expected:
             return f"{folder}: {name} is damaged (its size or hash is not that of {MANIFEST})."
     return None

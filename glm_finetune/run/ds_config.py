@@ -1,7 +1,7 @@
 """A DeepSpeed file and the flags -> the dict that DeepSpeed gets. Pure; does not import deepspeed.
 
-The file owns the memory strategy (`zero_optimization`), the flags own the numbers. A number in the file is allowed when
-it says what the flag says; "auto" is filled in; anything else is an error that names both.
+The file owns the memory strategy (`zero_optimization`), the flags own the numbers. A number in the file must say what
+the flag says; "auto" is filled in.
 """
 
 import difflib
@@ -12,49 +12,29 @@ from glm_finetune.errors import UserError, raise_together
 from glm_finetune.weights import read_json
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
-OURS = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "bf16",
-    "fp16",
-    "optimizer",
-    "scheduler",
-    "steps_per_print",
-)
-PASSED_ON = (
-    "zero_optimization",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "aio",
-    "comms_logger",
-    "communication_data_type",
-    "flops_profiler",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "dump_state",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "data_types",
-    "checkpoint",
-    "seq_parallel_communication_data_type",
-    "sparse_gradients",
-    "activation_checkpointing",
-)
+FLAGS = {  # numbers of the file, and what says them
+    "train_micro_batch_size_per_gpu": "--per_device_train_batch_size",
+    "gradient_accumulation_steps": "--gradient_accumulation_steps",
+    "gradient_clipping": "--max_grad_norm",
+    "train_batch_size": "--per_device_train_batch_size x --gradient_accumulation_steps x ranks",
+}
+ADAMW_FLAGS = {"lr": "--learning_rate", "weight_decay": "--weight_decay", "betas": "training", "eps": "training"}
+PASSED_ON = """
+    zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer aio comms_logger
+    communication_data_type flops_profiler wall_clock_breakdown memory_breakdown dump_state prescale_gradients
+    gradient_predivide_factor data_types checkpoint seq_parallel_communication_data_type sparse_gradients
+    activation_checkpointing
+""".split()
+KNOWN = [*FLAGS, *"bf16 fp16 optimizer scheduler steps_per_print".split(), *PASSED_ON]
 SUBSECTIONS = {"zero_optimization": ("offload_param", "offload_optimizer"), "optimizer": ("params",)}
 
 
 def read_ds_file(name):
     """The object in a DeepSpeed file: a path, or a bare name in ds_configs/. Raises UserError naming the file."""
-    path = Path(name)
-    if not path.is_file() and path.name == name and (FOLDER / name).is_file():
-        path = FOLDER / name
+    path = Path(name) if Path(name).is_file() or Path(name).name != name else FOLDER / name
     if not path.is_file():
-        raise UserError(
-            f"--ds_file {name}: no such file. Shipped in ds_configs/: "
-            f"{', '.join(sorted(p.name for p in FOLDER.glob('*.json')))}."
-        )
+        shipped = ", ".join(sorted(shipped.name for shipped in FOLDER.glob("*.json")))
+        raise UserError(f"--ds_file {name}: no such file. Shipped in ds_configs/: {shipped}.")
     value = read_json(path)
     raise_together(_malformed(value))
     return value
@@ -74,57 +54,35 @@ def _malformed(value, names=("zero_optimization", "bf16", "fp16", "optimizer", "
 
 def precision_of(ds_json):
     """The precision that a file of the original's kind switches on, or None."""
-    for section, precision in (("bf16", "bf16"), ("fp16", "fp16")):
-        if ds_json.get(section, {}).get("enabled") is True:
-            return precision
-    return None
+    return next((name for name in ("bf16", "fp16") if ds_json.get(name, {}).get("enabled") is True), None)
 
 
 def resolve(ds_json, config, world_size, precision, device_type, learns_in_fp32=False):
-    """DeepSpeed's configuration.
+    """DeepSpeed's configuration. Raises UserError listing unknown keys, contradictions, and what a stage cannot do.
 
     ds_json: `read_ds_file`. config: TrainConfig. precision: bf16, fp16 or fp32. device_type: "cuda" or "cpu".
     learns_in_fp32: what learns stays fp32 beside a bf16 base, so that DeepSpeed has nothing to convert.
-    Stage 0 becomes stage 1, which gives its numbers with less memory: stage 0 applies a step whose gradient is not
-    finite. In bf16 the gradients of micro-batches are added up in fp32 unless the file says otherwise, see `_sums`.
-    Raises UserError listing unknown keys, numbers that contradict a flag, and offloading that the stage cannot do.
+    Stage 0 becomes stage 1, which gives its numbers: stage 0 applies a step whose gradient is not finite.
     """
-    numbers = {
-        "train_micro_batch_size_per_gpu": (config.per_device_train_batch_size, "--per_device_train_batch_size"),
-        "gradient_accumulation_steps": (config.gradient_accumulation_steps, "--gradient_accumulation_steps"),
-        "gradient_clipping": (config.max_grad_norm, "--max_grad_norm"),
-        "train_batch_size": (
-            config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size,
-            "--per_device_train_batch_size x --gradient_accumulation_steps x ranks",
-        ),
-    }
+    micro, accumulate = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    numbers = dict(zip(FLAGS, (micro, accumulate, config.max_grad_norm, micro * accumulate * world_size)))
+    adamw = {"lr": config.learning_rate, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": config.weight_decay}
     zero = _without_auto(ds_json.get("zero_optimization", {"stage": 0}))
-    raise_together(
-        [*_unknown_keys(ds_json), *_contradictions(ds_json, numbers, config, precision), *_zero_problems(zero)]
-    )
+    raise_together([*_contradictions(ds_json, numbers, adamw, precision), *_zero_problems(zero)])
     in_bf16 = precision == "bf16" and not learns_in_fp32
     zero, sums = _sums({**zero, "stage": max(1, zero["stage"])}, ds_json.get("data_types", {}), in_bf16)
-    if device_type == "cpu":
-        zero = _for_cpu(zero)
+    if device_type == "cpu":  # pinned memory and overlapping streams would have to be compiled first, and serve cards
+        offloads = {key: zero[key] | {"pin_memory": False} for key in SUBSECTIONS["zero_optimization"] if key in zero}
+        zero = zero | offloads | {"overlap_comm": False}
     return {
         **{key: ds_json[key] for key in PASSED_ON if key in ds_json},
-        **{key: value for key, (value, _) in numbers.items()},
+        **numbers,
         **sums,
         "zero_optimization": zero,
         "bf16": {"enabled": in_bf16},
         "fp16": {"loss_scale_window": 100, **_without_auto(ds_json.get("fp16", {})), "enabled": precision == "fp16"},
         # torch's fused AdamW: no compiler needed on any machine, no temporary copy of the weights, resumes bit for bit.
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": config.learning_rate,
-                "betas": [0.9, 0.95],
-                "eps": 1e-8,
-                "weight_decay": config.weight_decay,
-                "torch_adam": True,
-                "fused": True,
-            },
-        },
+        "optimizer": {"type": "AdamW", "params": {**adamw, "torch_adam": True, "fused": True}},
         "steps_per_print": 2**31,
     }
 
@@ -132,8 +90,8 @@ def resolve(ds_json, config, world_size, precision, device_type, learns_in_fp32=
 def _sums(zero, data_types, in_bf16):
     """(zero_optimization, {"data_types": ...} or {}) with which bf16 gradients are added up in fp32.
 
-    In bf16 itself, DeepSpeed's default, 1 + 64 x 1/512 stays 1. At stage 1 fp32 sums would select another optimizer
-    class (BF16_Optimizer of DeepSpeed 0.19.8), which `state` and `guard` do not know: stage 2 takes its place.
+    In bf16 itself, DeepSpeed's default, 1 + 64 x 1/512 stays 1. At stage 1 fp32 sums would select BF16_Optimizer
+    (DeepSpeed 0.19.8), which `state` and `guard` do not know: stage 2 takes its place.
     """
     data_types = {"grad_accum_dtype": "fp32"} | _without_auto(data_types) if in_bf16 else data_types
     offloads = zero.get("offload_optimizer", {}).get("device", "none") != "none"
@@ -147,36 +105,25 @@ def stage_of(ds_json):
     return ds_json.get("zero_optimization", {}).get("stage", 0)
 
 
-def _unknown_keys(ds_json):
-    for key in ds_json:
-        if key not in OURS + PASSED_ON:
-            near = difflib.get_close_matches(key, OURS + PASSED_ON, 1)
-            yield f"ds_file: unknown key {key!r}." + (f" Did you mean {near[0]!r}?" if near else "")
-
-
-def _contradictions(ds_json, numbers, config, precision):
-    for key, (value, flag) in numbers.items():
+def _contradictions(ds_json, numbers, adamw, precision):
+    for key in [key for key in ds_json if key not in KNOWN]:
+        near = difflib.get_close_matches(key, KNOWN, 1)
+        yield f"ds_file: unknown key {key!r}." + (f" Did you mean {near[0]!r}?" if near else "")
+    for key, value in numbers.items():
         if ds_json.get(key, "auto") not in ("auto", value):
-            yield f"ds_file says {key} = {ds_json[key]!r}, {flag} says {value}: leave it out or make them equal."
-    if ds_json.get("optimizer", {}).get("type", "AdamW") not in ("Adam", "AdamW"):
-        yield f"ds_file has an optimizer {ds_json['optimizer']['type']!r}; training uses AdamW: leave the section out."
-    params = ds_json.get("optimizer", {}).get("params", {})
-    for key, value, flag in (
-        ("lr", config.learning_rate, "--learning_rate"),
-        ("weight_decay", config.weight_decay, "--weight_decay"),
-        ("betas", [0.9, 0.95], "training"),
-        ("eps", 1e-8, "training"),
-    ):
-        if params.get(key, "auto") not in ("auto", value):
-            yield f"ds_file says optimizer {key} = {params[key]}, {flag} says {value}: leave it out of the file."
-    wanted = precision_of(ds_json)
-    if wanted not in (None, precision):
+            yield f"ds_file says {key} = {ds_json[key]!r}, {FLAGS[key]} says {value}: leave it out or make them equal."
+    optimizer, scheduler = ({"type": None, **ds_json.get(name, {})} for name in ("optimizer", "scheduler"))
+    if optimizer["type"] not in (None, "Adam", "AdamW"):
+        yield f"ds_file has an optimizer {optimizer['type']!r}; training uses AdamW: leave the section out."
+    params = optimizer.get("params", {})
+    for key, flag in ADAMW_FLAGS.items():
+        if params.get(key, "auto") not in ("auto", adamw[key]):
+            yield f"ds_file says optimizer {key} = {params[key]}, {flag} says {adamw[key]}: leave it out of the file."
+    if (wanted := precision_of(ds_json)) not in (None, precision):
         yield f"ds_file switches {wanted} on, --precision says {precision}: leave it out or make them equal."
-    if ds_json.get("scheduler", {}).get("type") not in (None, "WarmupDecayLR", "WarmupLR"):
-        yield (
-            f"ds_file has a scheduler {ds_json['scheduler']['type']!r}; the learning rate is set by --lr_scheduler, "
-            "--warmup_ratio and --min_lr_ratio: leave the section out."
-        )
+    if scheduler["type"] not in (None, "WarmupDecayLR", "WarmupLR"):
+        rate = "the learning rate is set by --lr_scheduler, --warmup_ratio and --min_lr_ratio"
+        yield f"ds_file has a scheduler {scheduler['type']!r}; {rate}: leave the section out."
 
 
 def _zero_problems(zero):
@@ -193,17 +140,5 @@ def _zero_problems(zero):
 
 def _without_auto(section):
     """Drop "auto" values: inside zero_optimization DeepSpeed has a default for each."""
-    return {
-        key: _without_auto(value) if isinstance(value, dict) else value
-        for key, value in section.items()
-        if value != "auto"
-    }
-
-
-def _for_cpu(zero):
-    """Pinned memory and overlapping streams exist for cards only; on CPUs they would have to be compiled first."""
-    zero = {
-        key: {**value, "pin_memory": False} if key in ("offload_optimizer", "offload_param") else value
-        for key, value in zero.items()
-    }
-    return {**zero, "overlap_comm": False}
+    kept = {key: value for key, value in section.items() if value != "auto"}
+    return {key: _without_auto(value) if isinstance(value, dict) else value for key, value in kept.items()}

@@ -8,6 +8,7 @@ import ctypes
 import datetime
 import os
 import platform
+import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from glm_finetune.errors import UserError
 from glm_finetune.run.optim import parameter_groups
 from glm_finetune.weights import OnDevice, is_finite
 
+M_MMAP_THRESHOLD = -3  # of malloc.h
+
 
 def start(device):
     """Join the other ranks: nccl on cards, gloo on CPUs. Needs `dist.launch_environment`."""
@@ -29,35 +32,26 @@ def start(device):
     import deepspeed
 
     if device.type == "cpu":
-        # The shared-memory all-reduce serves inference only, is compiled at first use, and leaves 69 MB for each rank
-        # and launch in /dev/shm for good.
+        # The shared-memory all-reduce serves inference only, and leaves 69 MB for each rank in /dev/shm for good.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed("gloo", timeout=datetime.timedelta(minutes=30), verbose=False)
     else:
         torch.cuda.set_device(device)
-        deepspeed.init_distributed("nccl", timeout=datetime.timedelta(minutes=30), verbose=False)
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    deepspeed.init_distributed(backend, timeout=datetime.timedelta(minutes=30), verbose=False)
 
 
 def check(ds_config):
-    """Raise UserError naming what DeepSpeed refuses inside a section of `ds_config`, before a model is loaded.
-
-    Also an NVMe folder that cannot be written to, or a machine without what DeepSpeed writes there with.
-    """
+    """Raise UserError naming what DeepSpeed refuses inside a section of `ds_config`, or cannot do with NVMe here."""
     from deepspeed.runtime.config import DeepSpeedConfig
     from pydantic import ValidationError  # what DeepSpeed itself is built on
 
     try:
         DeepSpeedConfig(copy.deepcopy(ds_config))
     except ValidationError as error:
-        raise UserError(
-            "\n".join(
-                f"ds_file: {'.'.join(map(str, problem['loc']))}: {problem['msg']} ({error.title})."
-                for problem in error.errors()
-            )
-        ) from None
-    zero = ds_config["zero_optimization"]
-    for section in (zero.get(name, {}) for name in ("offload_optimizer", "offload_param")):
-        if section.get("device") == "nvme":
+        places = ((".".join(map(str, problem["loc"])), problem["msg"]) for problem in error.errors())
+        raise UserError("\n".join(f"ds_file: {place}: {text} ({error.title})." for place, text in places)) from None
+    for name in ("offload_optimizer", "offload_param"):
+        if (section := ds_config["zero_optimization"].get(name, {})).get("device") == "nvme":
             _check_nvme(section.get("nvme_path"))
 
 
@@ -68,9 +62,8 @@ def _check_nvme(folder):
         raise UserError('ds_file: offloading to nvme needs "nvme_path", a folder on a fast local disk.')
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        probe = Path(folder) / f".write-test-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise UserError(f"ds_file: nvme_path {folder} cannot be written to ({error}); name another folder.") from None
     print_main(
@@ -79,25 +72,25 @@ def _check_nvme(folder):
         "(default: ~/.cache/torch_extensions)."
     )
     if not deepspeed.ops.__compatible_ops__.get("async_io"):
-        raise UserError(
-            "ds_file: offloading to nvme needs DeepSpeed's async_io, which needs libaio and a compiler (Debian: "
-            "apt-get install libaio-dev g++). Offload to cpu instead, or install them."
-        )
+        needs = "DeepSpeed's async_io, which needs libaio and a compiler (Debian: apt-get install libaio-dev g++)"
+        raise UserError(f"ds_file: offloading to nvme needs {needs}. Offload to cpu instead, or install them.")
 
 
 @dataclass(frozen=True)
 class Partitioned(OnDevice):
-    """A place for weights (see `weights.OnDevice`) under ZeRO-3: no rank ever holds more than a part of the model.
+    """A place for weights (see `weights.OnDevice`) under ZeRO-3: each parameter is divided as it is created.
 
-    Each parameter is divided as it is created; rank 0 reads the files and the ranks share out one tensor at a time.
-    All ranks must call.
+    Rank 0 reads the files and the ranks share out one tensor at a time. All ranks must call.
     """
 
     ds_config: dict
 
     def construct(self, build):
-        if "cpu" in (self.device.type, self.ds_config["zero_optimization"].get("offload_param", {}).get("device")):
-            _give_memory_back()
+        offloads_to = self.ds_config["zero_optimization"].get("offload_param", {}).get("device")
+        if "cpu" in (self.device.type, offloads_to) and platform.libc_ver()[0] == "glibc":
+            # Return large blocks when they are freed: glibc keeps those between the parts that stay, until each rank
+            # has taken as much as the whole model.
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 256 * 1024)
         import deepspeed
         from transformers.initialization import no_init_weights
         from transformers.integrations import HfDeepSpeedConfig
@@ -119,22 +112,12 @@ class Partitioned(OnDevice):
         return from_main(finite)
 
 
-def _give_memory_back():
-    """Let glibc return large blocks when they are freed.
-
-    It would keep those between the parts that stay, until each rank had taken as much as the whole model.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
-        ctypes.CDLL(None).mallopt(mmap_threshold, 256 * 1024)
-
-
 def new_engine(model, ds_config, weight_decay, loraplus_ratio=None):
     """Wrap `model` for training. All ranks must call."""
     import deepspeed
 
     groups = parameter_groups(model, weight_decay, loraplus_ratio)
-    engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
     if engine.fp16_enabled() and engine.optimizer.loss_scaler.dynamic:
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # the guard says what happened, or skips
     return engine

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from glm_finetune.errors import UserError, unknown_choice
-from glm_finetune.flags import Flags, bad_seed, flag, not_positive
+from glm_finetune.errors import UserError
+from glm_finetune.flags import NOT_NEGATIVE, POSITIVE, PRECISIONS, SEED, SHARE, Flags, flag
 
 DEFAULT_DS_FILE = "ds_zero2_no_offload.json"
 
@@ -16,67 +16,50 @@ class OutputFlags(Flags):
     overwrite_output_dir: bool = flag("start although output_dir holds results; they are deleted", False)
     resume: str | None = flag("auto (newest whole checkpoint in output_dir, if any) or a folder epoch-E-step-S", None)
     force: bool = flag("with --resume: go on although data, tokenizer, base or lengths differ", False)
-    show_loss_step: int = flag("optimizer steps between two log lines", 10)
-    save_model_step: int | None = flag("also save every so many optimizer steps, not only after each epoch", None)
-    save_total_limit: int | None = flag("keep this many of the newest checkpoints, and the best", None)
+    show_loss_step: int = flag("optimizer steps between two log lines", 10, POSITIVE)
+    save_model_step: int | None = flag(
+        "also save every so many optimizer steps, not only after each epoch", None, POSITIVE
+    )
+    save_total_limit: int | None = flag("keep this many of the newest checkpoints, and the best", None, POSITIVE)
     async_save: bool = flag("write checkpoints in the background; takes a copy of what is saved in host memory", False)
     logging_dir: str | None = flag("folder for TensorBoard; default: output_dir/runs", None)
-
-    def problems(self):
-        yield from not_positive(self, "show_loss_step", "save_model_step", "save_total_limit")
 
 
 @dataclass(kw_only=True)
 class OptimizationFlags(Flags):
     """The steps of a run."""
 
-    per_device_train_batch_size: int = flag("samples of a micro-batch on each card", 16, "optimization")
-    gradient_accumulation_steps: int = flag("micro-batches of an optimizer step", 1)
-    num_train_epochs: int = flag("passes over the data", 1)
-    max_steps: int | None = flag("stop after this many optimizer steps; the schedule ends there", None)
-    learning_rate: float | None = flag("peak learning rate; default: that of the train type's recipe", None)
-    lr_scheduler: str = flag("shape after the warm-up: linear, cosine or constant", "linear")
-    warmup_ratio: float = flag("share of all steps in which the learning rate rises", 0.1)
-    warmup_steps: int | None = flag("instead: steps in which the learning rate rises", None)
-    min_lr_ratio: float = flag("the schedule ends at this share of the peak", 0.1)
-    weight_decay: float = flag("decoupled weight decay of matrices (biases and norms have none)", 0.1)
-    max_grad_norm: float = flag("gradients are scaled down to this norm; 0 = never", 1.0)
-    on_nonfinite: str = flag("when loss or gradient is inf or nan: stop, or skip the step on all ranks", "stop")
-    max_nonfinite: int = flag("with --on_nonfinite skip: stop after so many skipped steps", 10)
-    seed: int = flag("of data order, dropout and new weights", 1234)
+    per_device_train_batch_size: int = flag("samples of a micro-batch on each card", 16, POSITIVE, "optimization")
+    gradient_accumulation_steps: int = flag("micro-batches of an optimizer step", 1, POSITIVE)
+    num_train_epochs: int = flag("passes over the data", 1, POSITIVE)
+    max_steps: int | None = flag("stop after this many optimizer steps; the schedule ends there", None, POSITIVE)
+    learning_rate: float | None = flag("peak learning rate; default: that of the train type's recipe", None, POSITIVE)
+    lr_scheduler: str = flag(
+        "shape after the warm-up: linear, cosine or constant", "linear", ("linear", "cosine", "constant")
+    )
+    warmup_ratio: float = flag("share of all steps in which the learning rate rises", 0.1, SHARE)
+    warmup_steps: int | None = flag("instead: steps in which the learning rate rises", None, NOT_NEGATIVE)
+    min_lr_ratio: float = flag("the schedule ends at this share of the peak", 0.1, SHARE)
+    weight_decay: float = flag("decoupled weight decay of matrices (biases and norms have none)", 0.1, NOT_NEGATIVE)
+    max_grad_norm: float = flag("gradients are scaled down to this norm; 0 = never", 1.0, NOT_NEGATIVE)
+    on_nonfinite: str = flag(
+        "when loss or gradient is inf or nan: stop, or skip the step on all ranks", "stop", ("stop", "skip")
+    )
+    max_nonfinite: int = flag("with --on_nonfinite skip: stop after so many skipped steps", 10, POSITIVE)
+    seed: int = flag("of data order, dropout and new weights", 1234, SEED)
 
     def problems(self):
-        yield from not_positive(
-            self,
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-            "num_train_epochs",
-            "max_steps",
-            "learning_rate",
-            "max_nonfinite",
-        )
-        for name in ("warmup_ratio", "min_lr_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                yield f"--{name} {getattr(self, name)}: must be between 0 and 1."
-        for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
-            if (getattr(self, name) or 0) < 0:
-                yield f"--{name} {getattr(self, name)}: must not be negative."
-        yield from bad_seed(self.seed)
-        yield from unknown_choice("lr_scheduler", self.lr_scheduler, ("linear", "cosine", "constant"))
-        yield from unknown_choice("on_nonfinite", self.on_nonfinite, ("stop", "skip"))
+        yield from super().problems()
         if self.warmup_steps is not None and "warmup_ratio" in self.given:
             yield "--warmup_steps and --warmup_ratio both say how long the warm-up is: give one of them."
-        if self.max_steps:
-            yield from long_warmup(self.warmup_steps, self.max_steps)
+        yield from long_warmup(self.warmup_steps, self.max_steps)
 
 
 def long_warmup(warmup_steps, total):
     """Yield a problem for a warm-up that the run does not see the end of."""
-    if (warmup_steps or 0) > total:
-        yield (
-            f"--warmup_steps {warmup_steps}: the run has {total} steps and would end before the learning rate has "
-            "risen to its peak. Lower it, or leave it out."
-        )
+    if warmup_steps and total and warmup_steps > total:
+        early = f"the run has {total} steps and would end before the learning rate has risen to its peak"
+        yield f"--warmup_steps {warmup_steps}: {early}. Lower it, or leave it out."
 
 
 @dataclass(kw_only=True)
@@ -84,25 +67,22 @@ class MemoryFlags(Flags):
     """What a run computes with and where it keeps it."""
 
     precision: str | None = flag(
-        "bf16, fp16 or fp32; default: the best the card can do (fp32 on a CPU)", None, "memory and devices"
+        "bf16, fp16 or fp32; default: the best the card can do (fp32 on a CPU)",
+        None,
+        PRECISIONS,
+        "memory and devices",
     )
     gradient_checkpointing: bool = flag("compute activations again in the backward pass instead of keeping them", False)
     ds_file: str = flag("DeepSpeed file (memory strategy); a bare name is looked up in ds_configs/", DEFAULT_DS_FILE)
-    device: str | None = flag("cuda or cpu; default: cuda where there is a card", None)
+    device: str | None = flag("cuda or cpu; default: cuda where there is a card", None, ("cuda", "cpu"))
     local_rank: int = flag("set by the deepspeed launcher", -1)
     deepspeed: bool = flag("accepted for old scripts; training always uses DeepSpeed", False)
     deepspeed_config: str | None = flag("another name for --ds_file", None)
 
     def __post_init__(self, given):
         super().__post_init__(given)
-        if self.deepspeed_config:
-            if self.ds_file not in (DEFAULT_DS_FILE, self.deepspeed_config):
-                raise UserError(
-                    f"--ds_file {self.ds_file} and --deepspeed_config {self.deepspeed_config} are two "
-                    "names of one flag: give one of them."
-                )
-            self.ds_file = self.deepspeed_config
-
-    def problems(self):
-        yield from unknown_choice("device", self.device, ("cuda", "cpu"))
-        yield from unknown_choice("precision", self.precision, ("bf16", "fp16", "fp32"))
+        name = self.deepspeed_config or self.ds_file
+        if self.ds_file not in (DEFAULT_DS_FILE, name):
+            both = f"--ds_file {self.ds_file} and --deepspeed_config {name}"
+            raise UserError(f"{both} are two names of one flag: give one of them.")
+        self.ds_file = name

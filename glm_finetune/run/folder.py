@@ -1,6 +1,6 @@
 """The output folder of a run: held by one run at a time, and nothing deleted in it but what carries a run's marks.
 
-    hold = lock(output_dir)                    # all ranks must call; before a checkpoint in it is chosen
+    hold = lock(output_dir)                    # rank 0; before a checkpoint in it is chosen
     clear(output_dir)                          # all ranks must call; a run that begins anew
 
 Marks: a checkpoint epoch-E-step-S has a manifest or train_config.json; metrics.jsonl, latest, best, runs and
@@ -13,7 +13,7 @@ import re
 import shutil
 import socket
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from glm_finetune import dist
@@ -35,22 +35,24 @@ def check_output_dir(output_dir, overwrite, inputs=()):
     path = Path(output_dir)
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {output_dir} is a file.")
-    results = sorted(filter(_is_result, path.glob("*")))
+    results, is_foreign = sorted(filter(_is_result, path.glob("*"))), _holder(path) and not was_run(path)
+    if results or is_foreign:
+        _check_results(output_dir, results, is_foreign, overwrite, inputs)
+
+
+def _check_results(output_dir, results, is_foreign, overwrite, inputs):
     foreign = [result.name for result in results if not is_marked(result)]
-    if foreign or _holder(path) and not was_run(path):
-        raise UserError(
-            f"--output_dir {output_dir} holds {', '.join(foreign[:5]) or '.lock'}, which no run of this project wrote: "
-            f"nothing there is deleted or written over. Choose another folder, or move it away."
-        )
-    for result in results:
-        for name in filter(None, inputs):
-            if result.resolve() in (Path(name).resolve(), *Path(name).resolve().parents):
-                raise UserError(f"--output_dir {output_dir}: {name} lies in it and is needed. Choose another folder.")
+    if foreign or is_foreign:
+        found = f"{', '.join(foreign[:5]) or '.lock'}, which no run of this project wrote"
+        safe = "nothing there is deleted or written over. Choose another folder, or move it away."
+        raise UserError(f"--output_dir {output_dir} holds {found}: {safe}")
+    for name in filter(None, inputs):
+        if {path.resolve() for path in results} & {Path(name).resolve(), *Path(name).resolve().parents}:
+            raise UserError(f"--output_dir {output_dir}: {name} lies in it and is needed. Choose another folder.")
     if results and not overwrite:
-        raise UserError(
-            f"--output_dir {output_dir} holds results already ({', '.join(p.name for p in results[:5])}). "
-            "Choose another folder, or add --overwrite_output_dir to delete them."
-        )
+        found = f"holds results already ({', '.join(result.name for result in results[:5])})"
+        remedy = "Choose another folder, or add --overwrite_output_dir to delete them."
+        raise UserError(f"--output_dir {output_dir} {found}. {remedy}")
 
 
 def _is_result(path):
@@ -59,9 +61,9 @@ def _is_result(path):
 
 def is_marked(path):
     """Whether something in an output folder is a run's."""
-    if re.fullmatch(CHECKPOINT, path.name):
-        return any((path / name).is_file() for name in (MANIFEST, "train_config.json"))
-    return was_run(path.parent)
+    if not re.fullmatch(CHECKPOINT, path.name):
+        return was_run(path.parent)
+    return any((path / name).is_file() for name in (MANIFEST, "train_config.json"))
 
 
 def was_run(folder):
@@ -71,37 +73,40 @@ def was_run(folder):
 
 def _holder(folder):
     """What .lock says of who has it or had it; nothing for the blink in which a first run makes it."""
-    try:
+    with suppress(OSError):
         return (folder / ".lock").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+    return ""
 
 
 def clear(output_dir):
     """Delete the results of runs, on rank 0, which holds the lock. All ranks must call."""
     for path in filter(_is_result, Path(output_dir).glob("*")) if dist.is_main() else ():
-        if path.name == "runs":
-            for events in path.glob("events.out.tfevents.*"):
-                events.unlink()
-            with suppress(OSError):  # somebody keeps something of his own in it
-                path.rmdir()
-        elif is_marked(path):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _delete(path)
     dist.barrier()
+
+
+def _delete(path):
+    if path.name == "runs":
+        for events in path.glob("events.out.tfevents.*"):
+            events.unlink()
+        with suppress(OSError):  # somebody keeps something of his own in it
+            path.rmdir()
+    elif is_marked(path):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 class Hold:
     """Rank 0's lock of an output folder: until its process ends, or `give_back`. It is the kernel's, no file's."""
 
     def __init__(self, path):
-        """Raises BlockingIOError while another run has it."""
-        self.path, self.made = Path(path), not Path(path).exists()
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held as long as the run)
+        """path: a Path. Raises BlockingIOError while another run has it."""
+        self.path, self.made = path, not path.exists()
+        path.mkdir(parents=True, exist_ok=True)
+        self.file = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held as long as the run)
         fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(self.file.fileno()).st_nlink == 0:
-            raise BlockingIOError("another run has given it back since it was opened: the file has no name any more")
-        self.before = _holder(self.path)
+            raise BlockingIOError("another run has given it back since it was opened: it has no name any more")
+        self.before = _holder(path)
         self._write(f"process {os.getpid()} on {socket.gethostname()}")
 
     def _write(self, text):
@@ -120,40 +125,33 @@ class Hold:
 
 
 def lock(output_dir, overwrite=True, inputs=()):
-    """Hold output_dir for this run; returns rank 0's Hold. overwrite, inputs: as `check_output_dir`'s.
+    """Hold output_dir for this run, on rank 0; returns a Hold. overwrite, inputs: as `check_output_dir`'s.
 
-    Removes what a killed run was still writing or deleting. Raises UserError on every rank if another run holds it. All
-    ranks must call.
+    Removes what a killed run was still writing or deleting. Raises UserError if another run holds it.
     """
-    hold, problem = None, None
-    if dist.is_main():
-        try:
-            check_output_dir(output_dir, overwrite, inputs)
+    check_output_dir(output_dir, overwrite, inputs)
+    try:
+        with ExitStack() as refused:
             hold = _take(Path(output_dir))
+            refused.callback(hold.give_back)
             check_output_dir(output_dir, overwrite, inputs)  # the run that had it may have left something
             for path in Path(output_dir).glob(TEMPORARY + "*"):
                 if re.fullmatch(TEMPORARY + CHECKPOINT, path.name):  # not what merge_lora.py may be writing
                     shutil.rmtree(path)
-        except UserError as error:
-            problem = str(error)
-        except OSError as error:  # a file system without locks, for one
-            problem = f"--output_dir {output_dir}: cannot be written to or locked ({error}). Choose another folder."
-        if problem and hold:
-            hold.give_back()
-    problem = dist.from_main(problem)
-    if problem:
-        raise UserError(problem)
+            refused.pop_all()
+    except OSError as error:  # a file system without locks, for one
+        text = f"--output_dir {output_dir}: cannot be written to or locked ({error}). Choose another folder."
+        raise UserError(text) from None
     return hold
 
 
-def _take(folder):
+def _take(folder, tries=2):
     try:
         return Hold(folder)
     except BlockingIOError:
-        time.sleep(TAKING_SECS)
-    try:
-        return Hold(folder)  # it has given it back
-    except BlockingIOError:
+        if tries > 1:
+            time.sleep(TAKING_SECS)  # it may be given back
+            return _take(folder, tries - 1)
         text = f"--output_dir {folder}: another run ({_holder(folder)}) is writing to it. Choose another folder."
         raise UserError(text) from None
 

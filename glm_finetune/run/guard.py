@@ -1,9 +1,8 @@
 """What must not go on in silence: loss or gradient inf or nan, a step without targets, a loss that stands still.
 
-DeepSpeed takes the norm of the gradient before it touches a weight and discards the step on every rank when that is not
-finite; here the run then stops, or counts and goes on (--on_nonfinite skip), and says what it can see of the cause.
+DeepSpeed discards a step on every rank, before it touches a weight, when the norm of the gradient is not finite; here
+the run then stops, or counts and goes on (--on_nonfinite skip), and says what it can see of the cause.
 
-    guard = Guard(engine, config, train_type, rows.where)
     counts = guard.accepts(step, loss, losses, slots)     # after each step; all ranks must call
 """
 
@@ -16,6 +15,10 @@ from glm_finetune.weights import is_finite
 MAX_STILL = 20  # steps with the same loss, or with a loss of 0
 TOO_HIGH = 10  # times the learning rate of the recipe
 SHOWN = 8  # samples of a micro-batch that are named
+STILL = (
+    "Nothing is learnt: the samples are all the same, the answers are a single token, --learning_rate is too small for "
+    "this precision, or the model knows the data by heart."
+)
 
 
 def loss_scales(engine):
@@ -37,13 +40,14 @@ class Guard:
 
     def check_targets(self, step, num_targets, slots):
         """Raise NotFinite if no sample of a step has a target. slots: this rank's micro-batches of rows."""
-        if num_targets:
-            return
-        places = [place for part in dist.gather_objects([self._places(slot) for slot in slots]) for place in part]
-        raise NotFinite(
-            f"step {step}: no sample of this step has a target to learn from ({'; '.join(filter(None, places))}): "
-            "their answers are empty or do not fit. Remove them, or raise --max_len."
-        )
+        if not num_targets:
+            self._refuse_step(step, slots)
+
+    def _refuse_step(self, step, slots):
+        gathered = dist.gather_objects([self._places(slot) for slot in slots])
+        places = "; ".join(place for part in gathered for place in part if place)
+        remedy = "their answers are empty or do not fit. Remove them, or raise --max_len."
+        raise NotFinite(f"step {step}: no sample of this step has a target to learn from ({places}): {remedy}")
 
     def accepts(self, step, loss, losses, slots):
         """Whether the loss of a step counts; it does not when the step was discarded for a loss that is not finite.
@@ -54,43 +58,39 @@ class Guard:
         applied, could_scale_down = self.engine.was_step_applied(), self.scale > self.smallest_scale
         self.scale, _ = loss_scales(self.engine)
         if math.isfinite(loss) and applied:
-            self._watch_still(step, loss)
-            return True
-        if math.isfinite(loss) and could_scale_down:  # fp16's loss scaler is looking for the scale that fits
+            self.still = self.still + 1 if loss in (0.0, self.last_loss) else 0
+            self.last_loss = loss
+            if self.still >= MAX_STILL:
+                self._tell_still(step, loss)
+        elif math.isfinite(loss) and could_scale_down:  # fp16's loss scaler is looking for the scale that fits
             self.skipped += 1
-            return True
-        text = self._explain(step, loss, losses, slots, applied)
+        else:
+            self._discarded(self._explain(step, loss, losses, slots, applied))
+            return False
+        return True
+
+    def _discarded(self, text):
         self.nonfinite += 1
         if self.config.on_nonfinite == "stop" or self.nonfinite > self.config.max_nonfinite:
             raise NotFinite(text)
         dist.print_main(f"skipped, {self.nonfinite} of at most {self.config.max_nonfinite}: {text}")
-        return False
 
-    def _watch_still(self, step, loss):
-        self.still = self.still + 1 if loss in (0.0, self.last_loss) else 0
-        self.last_loss = loss
-        if self.still < MAX_STILL:
-            return
-        text = (
-            f"step {step}: the loss has been {loss} for {MAX_STILL} steps. Nothing is learnt: the samples are all the "
-            "same, the answers are a single token, --learning_rate is too small for this precision, or the model "
-            "knows the data by heart."
-        )
+    def _tell_still(self, step, loss):
+        text = f"step {step}: the loss has been {loss} for {MAX_STILL} steps. {STILL}"
         if self.config.on_nonfinite == "stop":
             raise StandsStill(text)
         dist.print_main(text)
         self.still = 0
 
     def _explain(self, step, loss, losses, slots, applied):
-        values = [float(value) for value in losses]
         bad = [
-            f"rank {dist.rank()}, micro-batch {i}: loss {value} ({self._places(slot) or 'no samples'})"
-            for i, (value, slot) in enumerate(zip(values, slots), 1)
+            f"rank {dist.rank()}, micro-batch {i}: loss {float(value)} ({self._places(slot) or 'no samples'})"
+            for i, (value, slot) in enumerate(zip(losses, slots), 1)
             if not math.isfinite(value)
         ]
         bad = [line for part in dist.gather_objects(bad) for line in part]
         what = f"the loss is {loss}" if bad else f"the gradient is not finite (the loss is, {loss:.5f})"
-        state = "The step was discarded, no weight was changed by it." if not applied else "The step was taken already."
+        state = "The step was taken already." if applied else "The step was discarded, no weight was changed by it."
         causes = "".join(f"\n  cause: {cause}" for cause in self._causes(bool(bad)))
         return f"step {step}: {what}. {state}" + "".join(f"\n  {line}" for line in bad) + causes
 
@@ -100,21 +100,18 @@ class Guard:
 
     def _causes(self, in_loss):
         """What may be behind it, the surest first. All ranks must call."""
-        broken = sorted({name for names in dist.gather_objects(self._broken_weights()) for name in names})
+        parts = ((name, getattr(p, "ds_tensor", p)) for name, p in self.engine.module.named_parameters())
+        own = [name for name, p in parts if p.is_floating_point() and p.numel() and not is_finite(p.detach())]
+        broken = sorted({name for names in dist.gather_objects(own) for name in names})
         if broken:
             more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
             yield f"weights hold inf or nan since an earlier step: {broken[0]}{more}. Go back to an earlier checkpoint."
         rate, recipe = self.config.learning_rate, self.train_type.learning_rate(self.config)
         if rate > TOO_HIGH * recipe:
             yield f"--learning_rate {rate} is too high for {self.train_type.name}: its recipe has {recipe}."
-        if self.engine.fp16_enabled() and in_loss:
-            yield "fp16 ends at 65504, which activations of these models pass: use --precision bf16 or fp32."
-        elif self.engine.fp16_enabled():
-            yield "fp16 overflowed with the smallest loss scale as well: use --precision bf16 or fp32."
+        if self.engine.fp16_enabled():
+            limit = "ends at 65504, which activations of these models pass"
+            what = limit if in_loss else "overflowed with the smallest loss scale as well"
+            yield f"fp16 {what}: use --precision bf16 or fp32."
         if not broken and rate <= TOO_HIGH * recipe:
             yield f"try a --learning_rate below {rate}, and look at the samples named here."
-
-    def _broken_weights(self):
-        """Names of parameters with inf or nan in the part that this rank holds."""
-        parameters = ((name, getattr(p, "ds_tensor", p)) for name, p in self.engine.module.named_parameters())
-        return [name for name, p in parameters if p.is_floating_point() and p.numel() and not is_finite(p.detach())]

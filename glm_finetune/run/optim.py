@@ -14,10 +14,9 @@ def num_warmup_steps(warmup_ratio, warmup_steps, total):
 
 
 def lr_at(step, peak, total, warmup, shape, floor):
-    """Learning rate of optimizer step `step` (from 1 to `total`).
+    """Learning rate of optimizer step `step`, from 1 to `total`; without warm-up the first has the peak.
 
-    It rises linearly, is `peak` at step `warmup`, then falls to `peak * floor` at step `total`: linear, cosine (half a
-    period), or not at all (constant). Without warm-up the first step has the peak.
+    It rises linearly to `peak` at step `warmup`, then falls to `peak * floor`: linear, cosine (half a period), or not.
     """
     if step < warmup:
         return peak * step / warmup

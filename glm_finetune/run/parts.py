@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 
 from glm_finetune import dist, tuning
 from glm_finetune.data.cache import default_cache_dir
@@ -25,9 +24,8 @@ from glm_finetune.weights import OnDevice
 
 def choose(config):
     """TrainConfig -> (Mode, TrainType). Raises UserError with the nearest name for what is not registered."""
-    registries = {"mode": MODE, "train_type": TRAIN_TYPE, "objective": OBJECTIVE}
-    problems = (unknown_choice(flag, getattr(config, flag), tuple(names)) for flag, names in registries.items())
-    raise_together(chain.from_iterable(problems))
+    names = {"mode": MODE, "train_type": TRAIN_TYPE, "objective": OBJECTIVE}
+    raise_together(problem for name in names for problem in unknown_choice(name, getattr(config, name), names[name]))
     return MODE[config.mode], TRAIN_TYPE[config.train_type]
 
 
@@ -55,32 +53,22 @@ def settle(config):
     precision = dist.choose_precision(config.precision or precision_of(ds_json), device)
     ds_config = resolve(ds_json, config, world_size, precision, device.type, train_type.fp32)
     chosen = dict(config=config, mode=mode, objective=OBJECTIVE[config.objective], train_type=train_type)
-    return dict(**chosen, device=device, precision=precision, ds_config=ds_config)
+    return dict(chosen, device=device, precision=precision, ds_config=ds_config)
 
 
 def load_data(config, mode, objective, tokenizer):
-    """{name: part} of rows, evaluation rows, sampler and collate.
-
-    Raises UserError for fewer samples than ranks, and as InstructionDataset.
-    """
+    """{name: part} of the data. Raises UserError for fewer samples than ranks, and as InstructionDataset."""
     window = (config.shuffle_buffer or SHUFFLE_BUFFER) if config.streaming else None
-    options = dict(
-        settings=settings_of(config, mode, tokenizer, objective.drafts),
-        progress=True,
-        cache_dir=config.cache_dir or default_cache_dir(),
-        overwrite_cache=config.overwrite_cache,
-    )
+    cache = dict(cache_dir=config.cache_dir or default_cache_dir(), overwrite_cache=config.overwrite_cache)
+    options = dict(settings=settings_of(config, mode, tokenizer, objective.drafts), progress=True, **cache)
     rows = InstructionDataset(config.train_path, **options, window=window)
     eval_rows = InstructionDataset(config.eval_path, **options) if config.eval_path else None
-    _, world_size = dist.launched()
-    if len(rows) < world_size:
-        raise UserError(
-            f"--train_path {config.train_path}: {len(rows)} samples for {world_size} ranks, some would have nothing to "
-            "do. Start fewer ranks or give more data."
-        )
+    if len(rows) < (world_size := dist.launched()[1]):
+        few = f"{len(rows)} samples for {world_size} ranks, some would have nothing to do"
+        raise UserError(f"--train_path {config.train_path}: {few}. Start fewer ranks or give more data.")
     lengths = rows.lengths() if config.group_by_length else None
-    per_step = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    sampler = StepSampler(len(rows), *per_step, world_size, config.seed, lengths=lengths, window=window)
+    per_step = config.per_device_train_batch_size, config.gradient_accumulation_steps, world_size
+    sampler = StepSampler(len(rows), *per_step, config.seed, lengths=lengths, window=window)
     max_len = config.max_len if config.packing else None
     collate_rows = partial(collate, pad_token_id=tokenizer.pad_token_id, positions=mode.positions, max_len=max_len)
     return dict(tokenizer=tokenizer, rows=rows, eval_rows=eval_rows, sampler=sampler, collate=collate_rows)

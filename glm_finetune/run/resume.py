@@ -1,6 +1,6 @@
 """Which checkpoint a run goes on from: the newest whole one, or the one that was named; and whether it is its own.
 
-folder = choose_resume(config, record)      # all ranks must call; None: begin anew
+folder = choose_resume(config, record)      # with --resume; all ranks must call; None: begin anew
 """
 
 from pathlib import Path
@@ -16,12 +16,11 @@ from glm_finetune.run.folder import checkpoints, step_of
 def find_resume(resume, output_dir):
     """The checkpoint that --resume asks for, or None: "auto" takes the newest whole one in output_dir, if any.
 
-    Only rank 0 needs to call. Damaged ones are named and passed over. Raises UserError for a path that is damaged, has
-    no state, or is of a newer format.
+    Damaged ones are named and passed over. Raises UserError for a path that is damaged, has no state, or is of a newer
+    format.
     """
     if resume != "auto":
-        problem = damage(Path(resume)) or _unfit(Path(resume))
-        if problem:
+        if problem := damage(Path(resume)) or _unfit(Path(resume)):
             raise UserError(f"--resume {resume}: {problem}")
         return Path(resume)
     for folder in reversed(checkpoints(output_dir)):
@@ -33,43 +32,39 @@ def find_resume(resume, output_dir):
 
 
 def choose_resume(config, record):
-    """The folder to go on from, or None; rank 0 looks. All ranks must call.
+    """The folder that --resume goes on from, or None; rank 0 looks. All ranks must call.
 
     Raises UserError on every rank if --resume names nothing to go on from, or another run.
     """
-    if not config.resume:
-        return None
-    folder, problem = None, None
-    if dist.is_main():
-        try:
-            folder = find_resume(config.resume, config.output_dir)
-            if folder:
-                check_same_run(folder, record, config.force)
-                _check_steps(folder, config.max_steps)
-            _check_others(folder, config)
-        except UserError as error:
-            problem = str(error)
-    folder, problem = dist.from_main((folder, problem))
-    if problem:
-        raise UserError(problem)
+    folder = dist.from_main(dist.on_main(_choose, config, record))
     there = dist.gather_objects(folder is None or (folder / state.FOLDER / "progress.json").is_file())
     if not all(there):
-        raise UserError(
-            f"--resume: rank {there.index(False)} does not see {folder}. On several nodes --output_dir must be a "
-            "folder that all of them share, with the same path."
-        )
+        shared = "On several nodes --output_dir must be a folder that all of them share, with the same path."
+        raise UserError(f"--resume: rank {there.index(False)} does not see {folder}. {shared}")
+    return folder
+
+
+def _choose(config, record):
+    folder = find_resume(config.resume, config.output_dir)
+    if folder:
+        check_same_run(folder, record, config.force)
+        if config.max_steps and config.max_steps < (done := read_record(folder)["step"]):
+            behind = f"{folder} has {done} steps behind it already"
+            raise UserError(f"--max_steps {config.max_steps}: {behind}. Raise it, or leave out.")
+    _check_others(folder, config)
     return folder
 
 
 def _unfit(folder):
+    """What keeps a whole checkpoint from being gone on from, or None."""
     if not (folder / state.FOLDER / "progress.json").is_file():
         return f"{folder}: has no {state.FOLDER}/ to go on from; give a folder epoch-E-step-S of a run."
     version = read_record(folder).get("format_version", 0)
     if not isinstance(version, int):
         return f"{folder}: train_config.json has no format_version, it is not of this project."
-    return (
-        f"{folder}: format {version}, this version reads up to {FORMAT_VERSION}." if version > FORMAT_VERSION else None
-    )
+    if version > FORMAT_VERSION:
+        return f"{folder}: format {version}, this version reads up to {FORMAT_VERSION}."
+    return None
 
 
 def check_same_run(folder, record, force):
@@ -80,35 +75,21 @@ def check_same_run(folder, record, force):
     old = read_record(folder)
     names = ["mode", "train_type"] + ([] if force else list({**record["identity"], **old.get("identity", {})}))
     before, now = ({**SAMPLES, **r, **r.get("identity", {})} for r in (old, record))
-    different = [
-        f"{name}: {before.get(name)} there, {now.get(name)} here" for name in names if before.get(name) != now.get(name)
-    ]
-    if different:
+    values = [(name, before.get(name), now.get(name)) for name in names]
+    if different := [f"{name}: {there} there, {here} here" for name, there, here in values if there != here]:
         hint = "" if force else " Where that is meant, add --force (not for mode and train type)."
         raise UserError(f"--resume {folder} is of another run: {'; '.join(different)}.{hint}")
-
-
-def _check_steps(folder, max_steps):
-    done = read_record(folder)["step"]
-    if max_steps and max_steps < done:
-        raise UserError(
-            f"--max_steps {max_steps}: {folder} has {done} steps behind it already. Raise it, or leave out."
-        )
 
 
 def _check_others(folder, config):
     """Raise UserError if output_dir holds checkpoints that would be lost, or mixed with those to come."""
     found = checkpoints(config.output_dir)
     if config.resume == "auto" and found and not folder and not config.overwrite_output_dir:
-        raise UserError(
-            f"--resume auto: no checkpoint in {config.output_dir} is whole. Choose another folder, or add "
-            "--overwrite_output_dir to delete them and begin anew."
-        )
+        remedy = "Choose another folder, or add --overwrite_output_dir to delete them and begin anew."
+        raise UserError(f"--resume auto: no checkpoint in {config.output_dir} is whole. {remedy}")
     if config.resume != "auto":
         inside = folder.resolve().parent == Path(config.output_dir).resolve()
-        others = [path.name for path in found if not inside or step_of(path) > step_of(folder)]
-        if others:
-            raise UserError(
-                f"--resume {folder}: --output_dir {config.output_dir} holds {', '.join(others[:5])}, of another "
-                "continuation. Go on from those with --resume auto, choose another folder, or move them away."
-            )
+        if others := [path.name for path in found if not inside or step_of(path) > step_of(folder)]:
+            holds = f"--output_dir {config.output_dir} holds {', '.join(others[:5])}, of another continuation"
+            remedy = "Go on from those with --resume auto, choose another folder, or move them away."
+            raise UserError(f"--resume {folder}: {holds}. {remedy}")

@@ -2,21 +2,18 @@
 
 with Run.open(config) as run:           # None where nothing is left to do; all ranks must call
     losses = run.step(batches, num_targets)
-    run.saver.save(run.progress, run.state())
+    run.save()
 """
 
-from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-import torch
+from types import SimpleNamespace
 
 from glm_finetune import build, dist, exits
 from glm_finetune.data.dataset import to_device, without_targets
 from glm_finetune.data.report import write_bad_rows
-from glm_finetune.data.sampler import Progress, StepSampler
+from glm_finetune.data.sampler import Progress
 from glm_finetune.errors import StandsStill, raise_together
 from glm_finetune.record import train_record
 from glm_finetune.run import engine, folder, resume, state
@@ -30,37 +27,14 @@ from glm_finetune.run.summary import start_lines
 from glm_finetune.run.tracker import new_tracker
 
 
-@dataclass(kw_only=True)
-class Run:
-    """The parts of a run. Loop and summary ask for them by name.
+class Run(SimpleNamespace):
+    """The parts of a run, by name.
 
-    config: TrainConfig, its defaults filled in. eval_rows: None without --eval_path. collate(rows) -> batch.
+    config (its defaults filled in), mode, objective, train_type, device, precision, ds_config: see `parts.settle`.
+    tokenizer, rows, eval_rows (None without --eval_path), sampler, collate(rows) -> batch: see `parts.load_data`.
     progress, total_steps: where it stands and ends. resumed_from: a checkpoint, or None. hold: rank 0's `folder.Hold`.
-    step(batches, num_targets): see `engine.accumulate`. tracker, stop (a `stop.StopRequest`): while it is open.
+    engine, guard, saver, step(batches, num_targets): see `engine.accumulate`. tracker, stop: while it is open.
     """
-
-    config: object
-    mode: object
-    objective: object
-    train_type: object
-    device: torch.device
-    precision: str
-    ds_config: dict
-    tokenizer: object
-    rows: object
-    eval_rows: object
-    sampler: StepSampler
-    collate: Callable
-    hold: object
-    resumed_from: Path | None
-    progress: Progress
-    total_steps: int
-    engine: object
-    step: Callable
-    guard: Guard
-    saver: Saver
-    tracker: object = None
-    stop: object = None
 
     @staticmethod
     @contextmanager
@@ -83,30 +57,23 @@ class Run:
                 try:
                     yield run
                 except StandsStill:
-                    run.tracker.say(f"saved {run.saver.save(run.progress, run.state())}")
+                    run.save()
                     raise
                 run.close()
 
-    def state(self):
-        """What a save needs besides the weights. All ranks must call."""
-        return state.of(self.engine, self.progress)
-
-    @property
-    def stopped(self):
-        """Whether it was asked to stop before its end."""
-        return self.progress.step < self.total_steps
+    def save(self, eval_loss=None, said="saved {}"):
+        """Write a checkpoint and say so. All ranks must call."""
+        self.tracker.say(said.format(self.saver.save(self.progress, state.of(self.engine, self.progress), eval_loss)))
 
     @property
     def exit_code(self):
-        return RESUME_ME if self.stopped else 0
+        return RESUME_ME if self.progress.step < self.total_steps else 0
 
     def close(self):
         """Save if it was asked to stop, then end its parts in order. All ranks must call."""
-        if self.stopped:
-            saved = self.saver.save(self.progress, self.state())
-            self.tracker.say(
-                f"asked to stop after step {self.progress.step}: saved {saved}; --resume auto goes on from there"
-            )
+        if self.exit_code:
+            asked = f"asked to stop after step {self.progress.step}"
+            self.save(said=asked + ": saved {}; --resume auto goes on from there")
         self.saver.wait()
         self.tracker.close()
         engine.finish(self.engine)
@@ -122,10 +89,10 @@ def assemble(known):
     engine.check(known["ds_config"])
     record = train_record(config, known["train_type"], tokenizer, dist.world_size())
     with ExitStack() as refused:  # a run that does not begin leaves the folder as it was
-        hold = folder.lock(*output_folder(config))
-        refused.callback(hold.give_back if hold else lambda: None)
-        resumed_from = resume.choose_resume(config, record)
-        progress, numbers = state.progress_in(resumed_from / state.FOLDER) if resumed_from else Progress(), {}
+        if hold := dist.on_main(folder.lock, *output_folder(config)):
+            refused.callback(hold.give_back)
+        resumed_from = resume.choose_resume(config, record) if config.resume else None
+        progress, best = state.progress_in(resumed_from) if resumed_from else (Progress(), None)
         total_steps = config.max_steps or data["sampler"].total_steps(progress, config.num_train_epochs)
         if resumed_from and progress.step >= total_steps:
             done = f"all {total_steps} steps are done, this run is complete. Nothing was changed."
@@ -134,23 +101,16 @@ def assemble(known):
         ds_engine = load_engine(**known)
         if resumed_from:
             nothing = to_device(data["collate"]([without_targets(data["rows"][0])]), device)
-            progress, numbers = state.restore(ds_engine, resumed_from / state.FOLDER, nothing, config.seed, device)
+            state.restore(ds_engine, resumed_from, nothing, config.seed, device)
         refused.pop_all()
     if not resumed_from:
         folder.clear(config.output_dir)
         dist.seed_all(config.seed + dist.rank())  # dropout differs between ranks
-    return Run(
-        **known,
-        **data,
-        hold=hold,
-        resumed_from=resumed_from,
-        progress=progress,
-        total_steps=total_steps,
-        engine=ds_engine,
-        step=partial(engine.accumulate, ds_engine, known["objective"]),
-        guard=Guard(ds_engine, config, known["train_type"], data["rows"].where),
-        saver=Saver(ds_engine, tokenizer, known["train_type"], config, record, numbers.get("best")),
-    )
+    run = Run(**known, **data, hold=hold, resumed_from=resumed_from, progress=progress, total_steps=total_steps)
+    run.engine, run.step = ds_engine, partial(engine.accumulate, ds_engine, run.objective)
+    run.guard = Guard(ds_engine, config, run.train_type, run.rows.where)
+    run.saver = Saver(ds_engine, tokenizer, run.train_type, config, record, best)
+    return run
 
 
 def load_engine(config, mode, objective, train_type, ds_config, precision, device):

@@ -1,7 +1,7 @@
 """The state of a run: fp32 masters and moments by parameter name, random numbers of every rank, where the data stands.
 
-Plain safetensors and JSON, the same for every ZeRO stage and number of ranks, so that a run goes on with other ones.
-DeepSpeed's own checkpoints are pickles bound to both. Weights that do not learn are never written.
+Plain safetensors and JSON, the same for every ZeRO stage and number of ranks; DeepSpeed's own checkpoints are pickles
+bound to both. Weights that do not learn are never written.
 
     parts = of(engine, progress)               # all ranks must call; rank 0 writes them with `write`
     restore(engine, folder, batch, seed, device)   # all ranks must call
@@ -12,30 +12,26 @@ from pathlib import Path
 
 import torch
 
-from glm_finetune import dist
+from glm_finetune import dist, weights
 from glm_finetune.data.sampler import Progress
 from glm_finetune.errors import UserError
 from glm_finetune.run.engine import whole
-from glm_finetune.weights import (
-    iter_file,
-    read_json,
-    read_tensor,
-    tensor_files,
-    write_json,
-    write_sharded,
-    write_tensors,
-)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FOLDER = "state"  # inside a checkpoint
 
 
 def of(engine, progress):
-    """(tensors, random numbers, numbers) of a run that stands at `progress`, as `write` takes them.
-
-    All ranks must call, and exhaust the tensors.
-    """
-    return tensors_of(engine), random_states(engine.device), numbers_of(engine, progress)
+    """(tensors, {"cpu.R", "cuda.R": (n,) uint8} of rank R, numbers). All ranks must call, and exhaust the tensors."""
+    own = {f"cpu.{dist.rank()}": torch.get_rng_state()}
+    if engine.device.type == "cuda":
+        own[f"cuda.{dist.rank()}"] = torch.cuda.get_rng_state(engine.device)
+    randoms = {name: state for states in dist.gather_objects(own) for name, state in states.items()}
+    numbers = {**asdict(progress), "updates": num_updates(engine), "world_size": dist.world_size()}
+    if engine.fp16_enabled():
+        scaler = vars(engine.optimizer.loss_scaler).items()
+        numbers["loss_scaler"] = {name: value for name, value in scaler if isinstance(value, (int, float))}
+    return tensors_of(engine), randoms, numbers
 
 
 def learning(model):
@@ -44,14 +40,10 @@ def learning(model):
 
 
 def tensors_of(engine):
-    """Yield (key, fp32 tensor on the CPU): master and moments of each parameter that learns, one at a time.
-
-    All ranks must call and exhaust it.
-    """
+    """Yield (key, fp32 tensor on the CPU): master and moments of what learns. All ranks must call and exhaust it."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    has_moments = num_updates(engine) > 0
-    if has_moments:
+    if has_moments := num_updates(engine) > 0:
         _link_moments(engine)
     for name, parameter in learning(engine.module):
         master = safe_get_full_fp32_param(parameter).cpu()
@@ -68,89 +60,62 @@ def num_updates(engine):
 
 
 def _link_moments(engine):
-    """Let DeepSpeed find the moments of every parameter group at stages 1 and 2.
-
-    It links them itself, but after the first group's first step, when the other groups have none yet.
-    """
+    """Let DeepSpeed find all moments at stages 1 and 2: it looks after the first group's first step, when the other
+    groups have none yet."""
     from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
     if engine.zero_optimization_stage() < 3:
-        zero = engine.optimizer
-        for parameters, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups):
+        groups = zip(engine.optimizer.bit16_groups, engine.optimizer.single_partition_of_fp32_groups)
+        for parameters, flat in groups:
             lazy_init_hp_params_optimizer_state(parameters, flat, engine.basic_optimizer.state)
 
 
-def random_states(device):
-    """{"cpu.R", "cuda.R": (n,) uint8} of every rank R. All ranks must call."""
-    own = {f"cpu.{dist.rank()}": torch.get_rng_state()}
-    if device.type == "cuda":
-        own[f"cuda.{dist.rank()}"] = torch.cuda.get_rng_state(device)
-    return {name: state for states in dist.gather_objects(own) for name, state in states.items()}
-
-
-def numbers_of(engine, progress):
-    """What progress.json holds: where the run stands, Adam's count of updates, fp16's loss scaler."""
-    record = {**asdict(progress), "updates": num_updates(engine), "world_size": dist.world_size()}
-    if engine.fp16_enabled():
-        scaler = vars(engine.optimizer.loss_scaler)
-        record["loss_scaler"] = {name: value for name, value in scaler.items() if isinstance(value, (int, float))}
-    return record
-
-
 def write(folder, tensors, randoms, numbers):
-    """Write the state of a run to `folder`, on rank 0. `tensors_of`, `random_states` and `numbers_of` give it."""
-    folder = Path(folder)
+    """Write what `of` gave to `folder`, on rank 0."""
     folder.mkdir()
-    write_sharded(tensors, folder)
-    write_tensors(randoms, folder / "random.safetensors")
-    write_json(numbers, folder / "progress.json")
+    weights.write_sharded(tensors, folder)
+    weights.write_tensors(randoms, folder / "random.safetensors")
+    weights.write_json(numbers, folder / "progress.json")
 
 
 def restore(engine, folder, batch, seed, device):
-    """Put the state in `folder` back; returns its Progress and what `numbers_of` wrote. All ranks must call.
+    """Put the state in a checkpoint back. All ranks must call.
 
     batch: one without targets, on `device`; a step on it with learning rate 0 makes every stage create its moments.
     Raises UserError if the parameters that learn are not those of the state.
     """
-    record = read_json(Path(folder) / "progress.json")
-    files = tensor_files(folder)
+    folder = Path(folder) / FOLDER
+    record, files = weights.read_json(folder / "progress.json"), weights.tensor_files(folder)
     names = {name for name, _ in learning(engine.module)}
-    different = names ^ {key.partition(".")[2] for key in files}
-    if different:
+    if different := names ^ {key.partition(".")[2] for key in files}:
         raise UserError(f"--resume: what learns is not what learnt there: {', '.join(sorted(different)[:4])}, ...")
-    _create_moments(engine, batch)
-    _link_moments(engine)
-    for name, parameter in learning(engine.module):
-        keys = [f"{key}.{name}" for key in ("master", *MOMENTS)]  # of one parameter at a time: each rank reads them
-        _set(engine, parameter, [read_tensor(files[key], key).to(device) for key in keys])
-    for state in engine.basic_optimizer.state.values():
-        if "step" in state:
-            state["step"].fill_(record["updates"])
-    if engine.fp16_enabled():
-        vars(engine.optimizer.loss_scaler).update(record.get("loss_scaler", {}))
-    _restore_random(Path(folder) / "random.safetensors", record, seed, device)
-    return progress_in(folder), record
-
-
-def progress_in(folder):
-    """Where the run whose state is in `folder` stood."""
-    record = read_json(Path(folder) / "progress.json")
-    return Progress(record["step"], record["epoch"], record["rows"])
-
-
-def _create_moments(engine, batch):
     for group in engine.optimizer.param_groups:
         group["lr"] = 0.0
     for _ in range(engine.gradient_accumulation_steps()):
         engine.backward(engine(**batch, use_cache=False).token_losses.sum())
         engine.step()
+    _link_moments(engine)
+    for name, parameter in learning(engine.module):
+        keys = [f"{key}.{name}" for key in ("master", *MOMENTS)]  # of one parameter at a time: each rank reads them
+        _set(parameter, *(weights.read_tensor(files[key], key).to(device) for key in keys))
+    for state in engine.basic_optimizer.state.values():
+        if "step" in state:
+            state["step"].fill_(record["updates"])
+    if engine.fp16_enabled():
+        vars(engine.optimizer.loss_scaler).update(record.get("loss_scaler", {}))
+    _restore_random(folder / "random.safetensors", record, seed, device)
 
 
-def _set(engine, parameter, values):
+def progress_in(folder):
+    """Where the run of a checkpoint stood, and its best one so far, see `Saver.best`."""
+    record = weights.read_json(Path(folder) / FOLDER / "progress.json")
+    return Progress(record["step"], record["epoch"], record["rows"]), record.get("best")
+
+
+def _set(parameter, master, *moments):
     """Give a parameter its master and moments, and the weight computed with, which is the master rounded."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    master, *moments = values
     with torch.no_grad(), whole(parameter, modifier_rank=0):
         parameter.copy_(master)
     safe_set_full_fp32_param(parameter, master)
@@ -160,10 +125,9 @@ def _set(engine, parameter, values):
 
 def _restore_random(path, record, seed, device):
     """This rank's random numbers go on where they were; with other ranks or another kind of device they begin anew."""
-    states = dict(iter_file(path))
+    states = dict(weights.iter_file(path))
     if record["world_size"] != dist.world_size() or f"{device.type}.{dist.rank()}" not in states:
-        dist.seed_all(seed + dist.rank() + 1000 * record["step"])
-        return
+        return dist.seed_all(seed + dist.rank() + 1000 * record["step"])
     torch.set_rng_state(states[f"cpu.{dist.rank()}"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[f"cuda.{dist.rank()}"], device)

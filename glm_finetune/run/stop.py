@@ -3,7 +3,7 @@
     with stop_request() as stop: ...       # stop.requested is True after SIGTERM, SIGUSR1 or Ctrl-C
 
 A rank ends with 75 when it saved because it was asked to stop. What launchers make of it (DeepSpeed 0.19.8, torch
-2.13.0, held by tests/test_interruptions.py):
+2.13.0):
 
 SIGTERM to       deepspeed                                             torchrun
 a rank, or all   ends with 75                                          ends with 1; its report has "exitcode : 75"
@@ -11,17 +11,15 @@ the launcher     ends with 143 at once and tells nobody; the ranks     passes it
                  notice that it is gone, save and end
 
 A launcher that passes the signal on, or that sees a rank end, kills what is left after 30 seconds; ranks that get it
-from elsewhere have the time they need for their step, the evaluation of a save that is under way, and the save. Asked
-before the first step, while the model is read, a rank ends at once by the signal: there is nothing to save. So a script
-that wants the 75 signals the ranks (run_scripts/glm3_lora_preemptible_1card.sh); one that cannot starts again with
---resume auto whatever the code was, until it is 0. Ctrl-C in a terminal reaches launcher and ranks: the run saves and
-ends; pressed again after that it ends at once.
+from elsewhere have the time they need. Asked before the first step a rank ends at once by the signal. So a script that
+wants the 75 signals the ranks (run_scripts/glm3_lora_preemptible_1card.sh); one that cannot starts again with --resume
+auto until the code is 0. Ctrl-C reaches launcher and ranks: the run saves and ends; pressed again it ends at once.
 """
 
 import os
 import signal
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 RESUME_ME = 75  # exit code of a run that saved and stopped when it was asked to (EX_TEMPFAIL of sysexits.h)
@@ -29,10 +27,7 @@ REPEAT_SECS = 2  # within which a second Ctrl-C is the launcher's, which passes 
 
 
 class StopRequest:
-    """Whether somebody asked the run to stop: by a signal, or by ending the launcher above it.
-
-    DeepSpeed's `deepspeed` dies of SIGTERM and passes it to nobody; its ranks would train on without it.
-    """
+    """Whether somebody asked the run to stop: by a signal, or by ending the launcher above it, which tells nobody."""
 
     def __init__(self):
         self.signalled, self.launchers = None, _launchers()
@@ -52,20 +47,17 @@ class StopRequest:
 def _launchers():
     """Process numbers of DeepSpeed's launcher and of what started it; () when this is not one of its ranks."""
     parent = Path(f"/proc/{os.getppid()}")
-    try:
-        if b"deepspeed.launcher.launch" not in (parent / "cmdline").read_bytes():
-            return ()
-        return os.getppid(), int((parent / "stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return ()
+    with suppress(OSError):
+        if b"deepspeed.launcher.launch" in (parent / "cmdline").read_bytes():
+            return os.getppid(), int((parent / "stat").read_text().rpartition(")")[2].split()[1])
+    return ()
 
 
 @contextmanager
 def stop_request():
     """A StopRequest that notes Ctrl-C, SIGTERM and SIGUSR1 (what schedulers send before they take a machine away)."""
     request = StopRequest()
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    before = {number: signal.signal(number, request.note) for number in numbers}
+    before = {n: signal.signal(n, request.note) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
         yield request
     finally:

@@ -1,6 +1,4 @@
-"""What a run is, in words, before it starts: settings, versions, parameters, steps, and one sample as the model
-sees it.
-"""
+"""What a run is, in words, before it starts: settings, versions, parameters, steps, and one sample with its targets."""
 
 import dataclasses
 import importlib.metadata
@@ -19,10 +17,7 @@ def start_lines(run):
     """The text that train.py prints at the start."""
     config, rows, sampler, train_type = run.config, run.rows, run.sampler, run.train_type
     card = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
-    per_step = (
-        f"{config.per_device_train_batch_size} samples x {config.gradient_accumulation_steps} micro-batches x "
-        f"{sampler.world_size} ranks"
-    )
+    micro, accumulate = config.per_device_train_batch_size, config.gradient_accumulation_steps
     flags = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
     lines = [
         f"flags       {json.dumps(flags, ensure_ascii=False)}",
@@ -32,7 +27,7 @@ def start_lines(run):
         f"parameters  {describe_parameters(run.engine.module)}",
         f"data        {config.train_path}: {rows.report}",
     ]
-    lines += [f"            {hint}" for hint in rows.report.hints()]
+    lines += (f"            {hint}" for hint in rows.report.hints())
     if run.eval_rows is not None:
         lines.append(f"evaluation  {config.eval_path}: {run.eval_rows.report}")
     warmup = num_warmup_steps(config.warmup_ratio, config.warmup_steps, run.total_steps)
@@ -41,7 +36,8 @@ def start_lines(run):
     if unused := unused_flags(train_type, config.given):
         lines.append(f"note        no effect with --train_type {train_type.name}: {', '.join(unused)}")
     lines += [
-        f"steps       {per_step} = {sampler.rows_per_step} samples a step; {len(rows):,} samples = "
+        f"steps       {micro} samples x {accumulate} micro-batches x "
+        f"{sampler.world_size} ranks = {sampler.rows_per_step} samples a step; {len(rows):,} samples = "
         f"{sampler.steps_per_epoch:,} steps an epoch; {run.total_steps:,} steps in all, {warmup:,} of warm-up",
         f"sample      targets between ⟦ and ⟧:\n{describe_sample(rows[0], run.tokenizer)}",
     ]
@@ -52,15 +48,11 @@ def start_lines(run):
 
 def describe_parameters(model):
     """How many parameters there are and learn, and what they take on all ranks together with their optimizer state."""
-    parameters = list(model.parameters())
-    learning = [p for p in parameters if p.requires_grad]
-    total, trainable = (sum(map(full_size, group)) for group in (parameters, learning))
-    frozen_bytes = sum(full_bytes(p) for p in parameters if not p.requires_grad)
-    bytes_each = learning[0].element_size() if learning else 0
-    weights, with_state, frozen = (
-        f"{size / 2**20:,.1f} MiB" for size in (trainable * bytes_each, trainable * (bytes_each + 12), frozen_bytes)
-    )
+    learning, frozen = ([p for p in model.parameters() if p.requires_grad is learns] for learns in (True, False))
+    trainable, still = (sum(map(full_size, group)) for group in (learning, frozen))
+    weights, unchanged = (sum(map(full_bytes, group)) / 2**20 for group in (learning, frozen))
     return (
-        f"{total:,} in all; {trainable:,} learn ({100 * trainable / total:.2f}%), {weights}, with fp32 masters and "
-        f"moments {with_state}; frozen {frozen}"
+        f"{trainable + still:,} in all; {trainable:,} learn ({100 * trainable / (trainable + still):.2f}%), "
+        f"{weights:,.1f} MiB, with fp32 masters and moments {weights + trainable * 12 / 2**20:,.1f} MiB; "
+        f"frozen {unchanged:,.1f} MiB"
     )

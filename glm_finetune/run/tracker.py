@@ -12,15 +12,7 @@ from tqdm import tqdm
 from glm_finetune import dist
 from glm_finetune.weights import write_text
 
-COLUMNS = {
-    "epoch": "{:7.3f}",
-    "step": "{:7d}",
-    "loss": "{:9.5f}",
-    "lr": "{:9.3e}",
-    "grad_norm": "{:9.4f}",
-    "tokens_per_s": "{:9.0f}",
-    "peak_gib": "{:7.2f}",
-}
+COLUMNS = dict(epoch="7.3f", step="7d", loss="9.5f", lr="9.3e", grad_norm="9.4f", tokens_per_s="9.0f", peak_gib="7.2f")
 
 
 class Tracker:
@@ -32,14 +24,12 @@ class Tracker:
         self.writer = SummaryWriter(logging_dir or str(Path(output_dir) / "runs"), purge_step=first_step + 1)
         self.file = open(Path(output_dir) / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self.bar = tqdm(total=total_steps, initial=first_step, desc="train", unit=" steps", dynamic_ncols=True)
-
-    def step(self):
-        self.bar.update()
+        self.step, self.say = self.bar.update, self.bar.write
 
     def log(self, step, **values):
         """values: numbers by name; those in COLUMNS are shown in this order, all are written."""
         record = {"step": step, **values}
-        shown = [f"{name} {form.format(record[name])}" for name, form in COLUMNS.items() if name in record]
+        shown = [f"{name} {record[name]:{form}}" for name, form in COLUMNS.items() if name in record]
         shown += [f"{name} {value:.5f}" for name, value in record.items() if name not in COLUMNS]
         self.say("  ".join(shown))
         finite = {name: value if math.isfinite(value) else None for name, value in record.items()}  # JSON has no inf
@@ -48,44 +38,30 @@ class Tracker:
         for name, value in values.items():
             self.writer.add_scalar(f"train/{name}" if name in COLUMNS else name, value, step)
 
-    def say(self, text):
-        self.bar.write(text)
-
     def close(self):
-        self.bar.close()
-        self.file.close()
-        self.writer.close()
+        for part in (self.bar, self.file, self.writer):
+            part.close()
 
 
 class SilentTracker:
     """The same calls on every other rank."""
 
-    def step(self):
-        pass
-
-    def log(self, step, **values):
-        pass
-
-    def say(self, text):
-        pass
-
-    def close(self):
-        pass
+    step = log = say = close = lambda self, *values, **named: None
 
 
 def new_tracker(config, total_steps, first_step):
     """The tracker of this rank. first_step: steps that an earlier run did; what it logged beyond them is dropped."""
     if not dist.is_main():
         return SilentTracker()
-    _forget_after(Path(config.output_dir) / "metrics.jsonl", first_step)
+    if (metrics := Path(config.output_dir) / "metrics.jsonl").is_file():
+        _forget_after(metrics, first_step)
     return Tracker(config.output_dir, config.logging_dir, total_steps, first_step)
 
 
 def _forget_after(path, step):
     """Keep the lines of metrics.jsonl up to a step; a line that was half written is dropped too."""
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-        write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step), path)
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step), path)
 
 
 class Meter:
@@ -113,4 +89,4 @@ def peak_gib(device):
     """Peak memory of this rank in GiB: allocated on the card, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # which is in KiB
