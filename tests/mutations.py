@@ -60,11 +60,11 @@ MUTATIONS = (
     ),
     Mutation(
         "--lora_dropout unheard",
-        "lora_dropout=dropout,\n",
-        "lora_dropout=0,\n",
+        '"lora_dropout": dropout,',
+        '"lora_dropout": 0,',
         "tests/test_reference.py::test_ranks_drop_different_things_as_many_as_they_are_told",
     ),
-    Mutation("--lora_alpha unheard", "lora_alpha=alpha,\n", "lora_alpha=8,\n", f"{PLAIN}[lora, not clipped]"),
+    Mutation("--lora_alpha unheard", '"lora_alpha": alpha,', '"lora_alpha": 8,', f"{PLAIN}[lora, not clipped]"),
     Mutation(
         "a merged folder forgets its template",
         '"mode": mode.name, **dataclasses.asdict(prompt)}',
