@@ -84,13 +84,18 @@ class Tokenizer:
         Returns a list of (T,) int32 arrays. All texts are encoded in one call, which is some times faster.
         """
         texts = [part for part in parts if isinstance(part, str)]
-        found = self.sp.encode(list(map(self.normalize, texts)), return_type="numpy", num_threads=num_threads)
+        plain = list(map(self.normalize, texts))
+        if len(plain) == 1:  # without threads: starting them takes as long as a text
+            found = [self.sp.encode(plain[0], return_type="numpy")]
+        else:
+            found = self.sp.encode(plain, return_type="numpy", num_threads=num_threads)
         if self.num_image_tokens:
             found = [ids + np.int32(self.num_image_tokens) for ids in found]
         special = np.array([*self.special_ids], np.int32)
-        if found and np.isin(np.concatenate(found), special).any():
+        is_special = partial(np.isin, test_elements=special, kind="sort")  # a table would have the whole vocabulary
+        if found and is_special(np.concatenate(found)).any():
             for i, ids in enumerate(found):
-                if np.isin(ids, special).any():
+                if is_special(ids).any():
                     found[i] = np.array(self.encode_text(texts[i]), np.int32)
         found, array = iter(found), cache(partial(np.array, dtype=np.int32))
         return [next(found) if isinstance(part, str) else array(part) for part in parts]
