@@ -141,17 +141,18 @@ def _choose_card(wanted, num_cards):
     return torch.device("cuda", index)
 
 
-def choose_precision(wanted, device):
-    """bf16, fp16 or fp32: what was asked for, or the best that `device` computes in.
+def _no_precision(wanted, device):
+    if wanted == "fp16":
+        return UserError("--precision fp16: DeepSpeed has no fp16 on CPUs. Use bf16 or fp32.")
+    return UserError(f"--precision bf16: {torch.cuda.get_device_name(device)} has no bf16. Use fp16 or fp32.")
 
-    Raises UserError for a precision that the device cannot train in.
-    """
+
+def choose_precision(wanted, device):
+    """bf16, fp16 or fp32: what was asked for, or the best of `device`. Raises UserError for what it cannot train in."""
     # A card computes in bf16 from compute capability 8.0 (Ampere) on; torch also counts slow emulation.
     old_card = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
-    if wanted == "fp16" and device.type == "cpu":
-        raise UserError("--precision fp16: DeepSpeed has no fp16 on CPUs. Use bf16 or fp32.")
-    if wanted == "bf16" and old_card:
-        raise UserError(f"--precision bf16: {torch.cuda.get_device_name(device)} has no bf16. Use fp16 or fp32.")
+    if (wanted == "fp16" and device.type == "cpu") or (wanted == "bf16" and old_card):
+        raise _no_precision(wanted, device)
     return wanted or ("fp32" if device.type == "cpu" else "fp16" if old_card else "bf16")
 
 

@@ -95,10 +95,7 @@ def _sha256(paths):
 
 
 def read(folder, oldest=0, say=None):
-    """The samples in a folder; None if it is not there, damaged, or made before `oldest` (seconds since 1970).
-
-    say: told of damage.
-    """
+    """The samples in a folder; None if it is not there, damaged (`say` is told), or made before `oldest`, in Unix time."""
     if not folder.is_dir():
         return None
     try:
@@ -192,8 +189,12 @@ def naming_the_cache(cache_dir):
     except ChildProcessError:
         raise
     except OSError as error:
-        problem = "no space left for the prepared data" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error
-        raise NotWritten(
-            f"--cache_dir {cache_dir}: {problem}. Give a folder on a disk with room (about 5 bytes for each token), or "
-            "--streaming to do without."
-        ) from error
+        raise _not_written(cache_dir, error) from error
+
+
+def _not_written(cache_dir, error):
+    problem = "no space left for the prepared data" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error
+    return NotWritten(
+        f"--cache_dir {cache_dir}: {problem}. Give a folder on a disk with room (about 5 bytes for each token), or "
+        "--streaming to do without."
+    )

@@ -75,13 +75,17 @@ class BatchFlags(Flags):
         for first, second, why in NOT_TOGETHER:
             if getattr(self, first) and getattr(self, second):
                 yield f"--{second} goes without --{first}: {why}. Leave one of them out."
-        if self.streaming and self.on_bad_row == "skip":
-            yield "--on_bad_row skip goes without --streaming: a stream does not know its bad rows beforehand."
-        if self.streaming and (self.is_skip or self.truncation == "drop"):
-            drops = "--is_skip" if self.is_skip else "--truncation drop"
-            yield f"{drops} goes without --streaming: a stream does not know beforehand what is too long."
+        if self.streaming:
+            yield from self._stream_problems()
         if self.shuffle_buffer and not self.streaming:
             yield "--shuffle_buffer goes with --streaming only: prepared data is shuffled as a whole."
+
+    def _stream_problems(self):
+        if self.on_bad_row == "skip":
+            yield "--on_bad_row skip goes without --streaming: a stream does not know its bad rows beforehand."
+        if self.is_skip or self.truncation == "drop":
+            drops = "--is_skip" if self.is_skip else "--truncation drop"
+            yield f"{drops} goes without --streaming: a stream does not know beforehand what is too long."
 
 
 @dataclass(kw_only=True)

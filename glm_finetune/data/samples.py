@@ -64,17 +64,22 @@ def check_limits(max_len, max_src_len, template, min_room=0):
 
     min_room: tokens that must be left for its answer; ChatGLM-Finetuning asks for none.
     """
-    least = max_src_len + template.overhead + 1
+    room, tail = max_len - max_src_len - template.overhead, template.question_tail
+    if max_src_len >= max_len or room < min_room or max_src_len < max(1, tail):
+        raise _no_room(max_len, max_src_len, template, room < min_room)
+
+
+def _no_room(max_len, max_src_len, template, lacks_answer):
     if max_src_len >= max_len:
-        raise UserError(f"--max_src_len {max_src_len} must be below --max_len {max_len}: the answer needs room too.")
-    if least - 1 + min_room > max_len:
-        raise UserError(
+        return UserError(f"--max_src_len {max_src_len} must be below --max_len {max_len}: the answer needs room too.")
+    if lacks_answer:
+        return UserError(
             f"--max_len {max_len} leaves no room for an answer after --max_src_len {max_src_len} and the "
-            f"{template.overhead} special tokens of this mode: use --max_len {least} or more."
+            f"{template.overhead} special tokens of this mode: use --max_len {max_src_len + template.overhead + 1} or "
+            "more."
         )
-    if max_src_len < max(1, template.question_tail):
-        tail = template.question_tail
-        raise UserError(f"--max_src_len {max_src_len} is too small: the ending of a question alone is {tail}.")
+    tail = template.question_tail
+    return UserError(f"--max_src_len {max_src_len} is too small: the ending of a question alone is {tail}.")
 
 
 def of_file(data_file, settings, needs_answer=True):

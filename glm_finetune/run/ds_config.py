@@ -106,12 +106,21 @@ def stage_of(ds_json):
 
 
 def _contradictions(ds_json, numbers, adamw, precision):
-    for key in [key for key in ds_json if key not in KNOWN]:
-        near = difflib.get_close_matches(key, KNOWN, 1)
-        yield f"ds_file: unknown key {key!r}." + (f" Did you mean {near[0]!r}?" if near else "")
+    yield from map(_unknown_key, [key for key in ds_json if key not in KNOWN])
     for key, value in numbers.items():
         if ds_json.get(key, "auto") not in ("auto", value):
             yield f"ds_file says {key} = {ds_json[key]!r}, {FLAGS[key]} says {value}: leave it out or make them equal."
+    if ds_json.keys() & {"optimizer", "scheduler", "bf16", "fp16"}:
+        yield from _other_sections(ds_json, adamw, precision)
+
+
+def _unknown_key(key):
+    near = difflib.get_close_matches(key, KNOWN, 1)
+    return f"ds_file: unknown key {key!r}." + (f" Did you mean {near[0]!r}?" if near else "")
+
+
+def _other_sections(ds_json, adamw, precision):
+    """Problems of sections that flags own: a file of the original's kind has them."""
     optimizer, scheduler = ({"type": None, **ds_json.get(name, {})} for name in ("optimizer", "scheduler"))
     if optimizer["type"] not in (None, "Adam", "AdamW"):
         yield f"ds_file has an optimizer {optimizer['type']!r}; training uses AdamW: leave the section out."

@@ -87,11 +87,16 @@ def problems(config, train_type, stage):
         yield f"--lora_variant {config.lora_variant!r}: must be one of {', '.join(VARIANT)}."
     if config.freeze_last and config.freeze_module_name:
         yield "--freeze_last and --freeze_module_name both say what stays trainable: give one of them."
-    if train_type.quantizes and stage == 3:
+    if train_type.quantizes:
+        yield from _quantized_problems(config, train_type, stage)
+
+
+def _quantized_problems(config, train_type, stage):
+    if stage == 3:
         why = "weights are quantised or divided as they are read, not both"
         remedy = "Use a ds_zero2_*.json; the quantised base of a 6B model takes about 4 GB on each card."
         yield f"--train_type {train_type.name} with ZeRO-3: {why}. {remedy}"
-    if train_type.quantizes and config.lora_variant == "pissa":
+    if config.lora_variant == "pissa":
         yield "--lora_variant pissa changes the base's weights, which qlora has quantised: use --train_type lora."
 
 

@@ -93,9 +93,12 @@ def check_targets(model, targets):
         if name.endswith(".weight") and len(full_shape(weight)) == 2 and uses[id(weight)] == 1
     ]
     unmatched = [t for t in targets if not any(name == t or name.endswith("." + t) for name in matrices)]
-    if ALL_LINEAR in unmatched:
-        raise UserError(f"--lora_module_name: {ALL_LINEAR} stands alone; leave the other names out.")
     if unmatched:
-        linear = ", ".join(sorted(last_names(matrices)))
-        unknown = ", ".join(unmatched)
-        raise UserError(f"--lora_module_name: no layer is called {unknown}. Layers that take LoRA: {linear}.")
+        raise _no_layer(unmatched, matrices)
+
+
+def _no_layer(unmatched, matrices):
+    if ALL_LINEAR in unmatched:
+        return UserError(f"--lora_module_name: {ALL_LINEAR} stands alone; leave the other names out.")
+    linear, unknown = ", ".join(sorted(last_names(matrices))), ", ".join(unmatched)
+    return UserError(f"--lora_module_name: no layer is called {unknown}. Layers that take LoRA: {linear}.")
