@@ -95,7 +95,7 @@ def _sha256(paths):
 
 
 def read(folder, oldest=0, say=None):
-    """The samples in a folder; None if it is not there, damaged (`say` is told), or made before `oldest`, in Unix time."""
+    """The samples in a folder; None if it is not there, damaged (`say` is told) or made before `oldest` (Unix time)."""
     if not folder.is_dir():
         return None
     try:
