@@ -103,7 +103,7 @@ def test_only_the_loss_of_a_rank_is_taken_for_it():
 
 def test_one_of_the_ranks_that_lost_the_others_repeats_what_came_first(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(exits.signal, "signal", lambda *args: None)
-    monkeypatch.setattr(exits, "SAME_SECS", 0)
+    monkeypatch.setattr(exits.time, "sleep", lambda secs: None)
     monkeypatch.setattr(exits, "_words", [open(tmp_path / "words", "a+")])  # noqa: SIM115 (as it is shared)
     said = {}
     for rank, words in ((3, "line 7 is bad"), (5, "another matter"), (1, None), (2, None), (0, None)):

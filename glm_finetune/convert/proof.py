@@ -22,7 +22,7 @@ def sample(model, tokenizer, folder):
     samples = []
     for prompt in PROMPTS:
         messages = [{"role": "user", "content": prompt}]
-        asked = folder.mode.render(tokenizer, messages, template=folder.prompt.template).input_ids
+        asked = folder.mode.render(tokenizer, messages, style=folder.prompt.template).input_ids
         (answer,) = generate(model, tokenizer, folder.mode, [asked], [16])
         ids = torch.tensor([asked + answer], device=model.device)
         samples.append((ids, model(input_ids=ids, use_cache=False).logits[0]))
