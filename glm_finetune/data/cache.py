@@ -114,10 +114,7 @@ def read(folder, oldest=0, say=None):
 
 
 def checksum(path):
-    """CRC-32 of a file; of one with more than CHECKED_BYTES, of as much in evenly spread pieces of 1 MiB.
-
-    The file is read, not mapped: what is mapped counts as memory of the process.
-    """
+    """CRC-32 of a file, read and not mapped; of a large one, of CHECKED_BYTES in evenly spread pieces of 1 MiB."""
     size, piece, num, crc = path.stat().st_size, 2**20, CHECKED_BYTES // 2**20, 0
     is_large = size > CHECKED_BYTES
     starts = [i * (size - piece) // (num - 1) for i in range(num)] if is_large else range(0, size, piece)

@@ -60,10 +60,7 @@ def format_settings(config):
 
 
 def check_limits(max_len, max_src_len, template, min_room=0):
-    """Raise UserError unless a question of max_src_len tokens fits into max_len, and its ending into max_src_len.
-
-    min_room: tokens that must be left for its answer; ChatGLM-Finetuning asks for none.
-    """
+    """Raise UserError unless a question of max_src_len fits into max_len, its ending into it, and min_room is left."""
     room, tail = max_len - max_src_len - template.overhead, template.question_tail
     if max_src_len >= max_len or room < min_room or max_src_len < max(1, tail):
         raise _no_room(max_len, max_src_len, template, room < min_room)
