@@ -121,7 +121,7 @@ def entries(tmp_path_factory):
 @pytest.mark.slow
 def test_what_a_lora_training_runs_can_be_read(entries):
     table = count(entries)
-    assert {"train.py", "glm_finetune/config.py"} <= table.keys()
+    assert {"train.py", "glm_finetune/run/run.py"} <= table.keys()
     assert total(table) <= MAX_LINES, table
 
 
