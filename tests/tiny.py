@@ -17,7 +17,7 @@ from sentencepiece import sentencepiece_model_pb2
 from glm_finetune import MODE
 from glm_finetune.data.files import Unreadable, list_data_files
 from glm_finetune.errors import UserError
-from glm_finetune.weights import write_json
+from glm_finetune.weights import read_json, write_json
 
 DATA = Path(__file__).parents[1] / "data/spo_0.json"
 NAMES = {"glm": "THUDM/chatglm-6b", "glm2": "THUDM/chatglm2-6b", "glm3": "THUDM/chatglm3-6b"}
@@ -36,35 +36,14 @@ GLM_CONFIG = dict(
     torch_dtype="float32",
     architectures=["ChatGLMModel"],
 )
-GLM2_CONFIG = dict(
+GLM2_CONFIG = read_json(Path(__file__).parents[1] / "tiny_base/config.json") | dict(
     hidden_size=32,
     num_layers=2,
     num_attention_heads=4,
     kv_channels=8,
-    multi_query_attention=True,
     multi_query_group_num=2,
     ffn_hidden_size=48,
-    seq_length=256,
-    layernorm_epsilon=1e-5,
-    rmsnorm=True,
-    post_layer_norm=True,
-    add_qkv_bias=True,
-    add_bias_linear=False,
-    apply_residual_connection_post_layernorm=False,
-    original_rope=True,
-    tie_word_embeddings=False,
-    attention_dropout=0.0,
-    hidden_dropout=0.0,
-    apply_query_key_layer_scaling=True,
-    attention_softmax_in_fp32=True,
-    bias_dropout_fusion=True,
-    fp32_residual_connection=False,
-    model_type="chatglm",
-    use_cache=True,
     torch_dtype="float32",
-    eos_token_id=2,
-    pad_token_id=0,
-    architectures=["ChatGLMModel"],
 )
 
 
@@ -79,7 +58,7 @@ def make_checkpoint(mode_name, folder, **config_changes):
     settings = {"name_or_path": NAMES[mode_name], "remove_space": False, "do_lower_case": False}
     write_json(settings | ({"num_image_tokens": 0} if mode_name == "glm" else {}), folder / "tokenizer_config.json")
     sizes = GLM_CONFIG if mode_name == "glm" else GLM2_CONFIG
-    fields = {"_name_or_path": NAMES[mode_name], **sizes, **vocabulary_fields(mode_name, folder)}
+    fields = {**sizes, "_name_or_path": NAMES[mode_name], **vocabulary_fields(mode_name, folder)}
     write_json(fields | config_changes, folder / "config.json")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -118,7 +118,9 @@ class Network(OriginalModel, GenerationMixin):
         labels: (B, T) int64, not shifted, -100 = not a target; target_index: see `loss.target_index`.
         logits_to_keep: logits of the last so many positions only; 0 = all. return_logits: default, when without labels.
         """
-        batch = dict(locals())  # each argument by its name
+        batch = dict(input_ids=input_ids, inputs_embeds=inputs_embeds, labels=labels, target_index=target_index)
+        batch |= dict(attention_mask=attention_mask, position_ids=position_ids, segment_bounds=segment_bounds)
+        batch |= dict(segment_ids=segment_ids, is_prefix=is_prefix)
         if output_attentions or output_hidden_states or return_dict is False:
             raise ValueError("output_attentions, output_hidden_states and return_dict=False are not supported.")
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
