@@ -121,7 +121,11 @@ def test_a_save_never_falls_between_the_choice_of_a_checkpoint_and_the_lock(argu
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [{}, {"resume": "auto"}])
 def test_of_two_runs_that_start_in_the_same_second_one_goes_on(flags, arguments, start, tmp_path):
-    jobs = [start(arguments(tmp_path / "out", **flags), world_size=1) for _ in range(2)]
+    go = tmp_path / "go"  # one that is through before the other begins would be no race
+    jobs = [start(arguments(tmp_path / "out", **flags), partial(hold_back, "load", go), world_size=1) for _ in range(2)]
+    while all(job.is_running() for job in jobs) and jobs[0].seconds() < 60:
+        time.sleep(0.01)
+    go.touch()
     codes = [job.exit_codes()[0] for job in jobs]
     assert sorted(codes) == [0, 2], [job.printed() for job in jobs]
     winner, loser = jobs[codes.index(0)], jobs[codes.index(2)]
