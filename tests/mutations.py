@@ -67,7 +67,7 @@ MUTATIONS = (
     Mutation("--lora_alpha unheard", '"lora_alpha": alpha,', '"lora_alpha": 8,', f"{PLAIN}[lora, not clipped]"),
     Mutation(
         "a merged folder forgets its template",
-        '"mode": mode.name, **dataclasses.asdict(prompt)}',
+        '**read_record(adapter), "mode": mode.name, **dataclasses.asdict(prompt)}',
         '"mode": mode.name}',
         "tests/test_reference.py::test_a_merged_folder_is_asked_with_the_template_of_its_training[train]",
     ),
