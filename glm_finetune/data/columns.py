@@ -98,16 +98,21 @@ class Builder:
         """A sample. number: of its row. times: how often it counts, 0: it is left out. one: a Rendered."""
         if not times:
             return
-        for name, (samples, values) in self._special.items():
-            if (own := getattr(one.draft, name)) is not None:
-                samples.append(len(self._ends))
-                values.append(np.array(own, np.int32).ravel())
+        draft = one.draft
+        if draft.labels is not None or draft.position_ids is not None:
+            self._add_special(draft)
         self._parts += one.ids
-        self._is_target += one.draft.is_target
+        self._is_target += draft.is_target
         self._ends.append(len(self._parts))
         self._numbers.append(number)
         self._times.append(times)
-        self._num_prefix.append(one.num_prefix)
+        self._num_prefix.append(one.num_prefix if draft.num_prefix_parts else 0)
+
+    def _add_special(self, draft):
+        for name, (samples, values) in self._special.items():
+            if (own := getattr(draft, name)) is not None:
+                samples.append(len(self._ends))
+                values.append(np.array(own, np.int32).ravel())
 
     def columns(self, position):
         """Arrays for each of COLUMNS. position: of the file among the files."""

@@ -32,7 +32,7 @@ from glm_finetune.modes.template import remembering
 
 PENDING_PER_WORKER = 2
 SLOW_IMPORTS = ("torch", "transformers", "peft")  # what a worker would import again because the main script does
-MIN_BYTES_OF_WORKER = 32 * BLOCK_BYTES  # one or two seconds of work; starting processes takes as long
+MIN_BYTES_OF_WORKER = 128 * BLOCK_BYTES  # one or two seconds of work; starting processes takes as long
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,11 @@ def tokenize_block(settings, task, num_threads=1):
     """
     # row -> drafts -> ids of all parts -> samples within the limits -> columns; a bad row is its error until its turn
     settings, report, builder = replace(settings, data_format=task.data_format), Report(settings.too_long), Builder()
-    rows, encode = list(task.block.rows()), remembering(settings.tokenizer, num_threads)
-    drafts_of_rows = [_drafts_or_error(row, settings) for _, row in rows]
-    encode([part for drafts in drafts_of_rows if type(drafts) is list for draft in drafts for part in draft.parts])
-    for index, ((number, _), drafts) in enumerate(zip(rows, drafts_of_rows), task.block.first_row):
+    rows = list(task.block.rows())
+    rows = [(number, _drafts_or_error(row, settings)) for number, row in rows]
+    drafts = (draft for _, drafts in rows if type(drafts) is list for draft in drafts)
+    encode = remembering(settings.tokenizer, (part for draft in drafts for part in draft.parts), num_threads)
+    for index, (number, drafts) in enumerate(rows, task.block.first_row):
         try:
             if type(drafts) is not list:
                 raise drafts

@@ -68,10 +68,11 @@ class Report:
         for one in rendered:
             learns = any(map(len, compress(one.ids, one.draft.is_target)))
             has_target = has_target or learns
-            self.question_cut += times * one.question_cut
-            self.answer_cut += times * one.answer_cut
             self.answer_empty += times * one.draft.answer_empty
-            if self.too_long == "drop" and (one.question_cut or one.answer_cut):
+            if is_cut := one.question_cut or one.answer_cut:
+                self.question_cut += times * one.question_cut
+                self.answer_cut += times * one.answer_cut
+            if is_cut and self.too_long == "drop":
                 self.skipped += times
             elif learns:
                 kept.append(one)

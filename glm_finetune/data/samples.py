@@ -137,14 +137,18 @@ def fitted(drafts, settings, encode):
 
     Raises UserError for what cannot be cut, or (too_long "error") must not be.
     """
-    fit, tokenizer, limits, style = settings.template.fitted, settings.tokenizer, settings.limits, settings.style
-    rendered = [one for draft in drafts for one in fit(tokenizer, draft, encode, limits, style)]
-    for one in rendered if settings.too_long == "error" else ():
+    rendered = settings.template.fitted(settings.tokenizer, drafts, encode, settings.limits, settings.style)
+    if settings.too_long == "error":
+        _refuse_cut(rendered)
+    return rendered
+
+
+def _refuse_cut(rendered):
+    for one in rendered:
         if one.question_cut or one.answer_cut:
             name, flag = ("question", "max_src_len") if one.question_cut else ("answer", "max_len")
             remedy = "Raise it, or choose another --truncation than error."
             raise UserError(f"the {name} does not fit into --{flag}. {remedy}")
-    return rendered
 
 
 def prepare_row(where, row, settings):

@@ -11,6 +11,7 @@ makes preparation fast.
 from bisect import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -45,7 +46,7 @@ class Draft(NamedTuple):
     @property
     def answer_empty(self):
         """Whether an answer to train is ""."""
-        return not all(self.messages[i]["content"] for i in self.trained)
+        return "" in self.parts and not all(self.messages[i]["content"] for i in self.trained)
 
 
 class Rendered(NamedTuple):
@@ -110,27 +111,37 @@ class Template:
         if messages[0]["role"] == "text":
             return [self._text(tokenizer, messages)]
         trained = trained_turns(messages, train_on)
-        groups = [trained] if self.joins_answers and trained else [[i] for i in trained]
-        return [self.draft(tokenizer, messages, style, group) for group in groups]
+        if self.joins_answers:
+            return [self.draft(tokenizer, messages, style, trained)] if trained else []
+        return [self.draft(tokenizer, messages, style, [i]) for i in trained]
 
-    def fitted(self, tokenizer, draft, encode, limits=None, style="train"):
-        """A draft as samples of at most limits -> list of Rendered, one unless it must be divided.
+    def fitted(self, tokenizer, drafts, encode, limits=None, style="train"):
+        """Drafts of a row as samples of at most limits -> list of Rendered, one of each unless it must be divided.
 
         encode: function, parts -> their ids (`tokenizer.encode_parts`, or what remembers). limits: None = no limit.
         Joined answers: those that fit together are one sample, each of the others its own. A text: pieces.
         """
-        ids, trained = encode(draft.parts), draft.trained
-        if draft.labels is not None:
-            assert not limits or len(draft.labels) <= limits.max_len, f"{len(draft.labels)} tokens, {limits}"
-            return [Rendered(draft, ids)]
-        if draft.messages[0]["role"] == "text":
-            return self._pieces(draft, ids, limits)
-        if len(trained) < 2 or self._fits(draft, ids, limits):
-            return [self._alone(tokenizer, draft, encode, limits, style)]
+        rendered = []
+        for draft in drafts:
+            ids = encode(draft.parts)
+            if draft.labels is not None:
+                assert not limits or len(draft.labels) <= limits.max_len, f"{len(draft.labels)} tokens, {limits}"
+                rendered.append(Rendered(draft, ids))
+            elif draft.messages[0]["role"] == "text":
+                rendered += self._pieces(draft, ids, limits)
+            elif self._fits(draft, ids, limits):  # most samples
+                rendered.append(Rendered(draft, ids))
+            else:
+                rendered += self._cut_to_fit(tokenizer, draft, encode, limits, style)
+        return rendered
+
+    def _cut_to_fit(self, tokenizer, draft, encode, limits, style):
+        """The samples of a draft that does not fit as it is."""
         # max_len 40, answers that end at tokens 20, 35 and 50: the first two are one sample, the third is cut alone
-        joined = [self.draft(tokenizer, draft.messages, style, trained[:count]) for count in range(1, len(trained))]
+        trained, make = draft.trained, partial(self.draft, tokenizer, draft.messages, style)
+        joined = [make(trained[:count]) for count in range(1, len(trained))]
         num_joined = bisect(joined, False, key=lambda one: not self._fits(one, encode(one.parts), limits))
-        alone = [self.draft(tokenizer, draft.messages, style, [i]) for i in trained[num_joined:]]
+        alone = [make([i]) for i in trained[num_joined:]] if joined else [draft]
         return [self._alone(tokenizer, one, encode, limits, style) for one in joined[:num_joined][-1:] + alone]
 
     def render(self, tokenizer, messages, limits=None, style="train"):
@@ -143,13 +154,16 @@ class Template:
 
     def samples(self, tokenizer, messages, limits=None, style="train", train_on="all"):
         """See Mode.samples."""
-        drafts, encode = self.drafts(tokenizer, messages, style, train_on), remembering(tokenizer)
-        return [one for draft in drafts for one in self.fitted(tokenizer, draft, encode, limits, style)]
+        drafts = self.drafts(tokenizer, messages, style, train_on)
+        return self.fitted(tokenizer, drafts, remembering(tokenizer), limits, style)
 
     def _fits(self, draft, ids, limits):
         """Whether nothing must be cut."""
+        room = limits and limits.max_len - self.overhead
+        if not limits or sum(map(len, ids)) <= min(limits.max_src_len, room):  # most samples: be quick
+            return True
         question, answer = num_tokens(draft, ids)
-        return not limits or (question <= limits.max_src_len and question + answer <= limits.max_len - self.overhead)
+        return question <= limits.max_src_len and question + answer <= room
 
     def _alone(self, tokenizer, draft, encode, limits, style):
         """A draft of one answer (or none: a prompt) -> Rendered."""
@@ -229,15 +243,22 @@ def newest_rounds(messages, trained):
         yield messages[:first] + messages[start:], [i - start + first for i in trained]
 
 
-def remembering(tokenizer, num_threads=1):
-    """`tokenizer.encode_parts` that encodes every part once."""
+def remembering(tokenizer, parts=(), num_threads=1):
+    """`tokenizer.encode_parts` that encodes every part once; those in `parts` at once, in one call."""
     known = {}
 
-    def encode(parts):
-        if new := [part for part in {*parts} if part not in known]:
+    def learn(parts):
+        if new := [part for part in dict.fromkeys(parts) if part not in known]:
             known.update(zip(new, tokenizer.encode_parts(new, num_threads)))
-        return [known[part] for part in parts]
 
+    def encode(parts):
+        try:
+            return list(map(known.__getitem__, parts))
+        except KeyError:
+            learn(parts)
+            return list(map(known.__getitem__, parts))
+
+    learn(parts)
     return encode
 
 

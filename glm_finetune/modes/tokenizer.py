@@ -47,6 +47,7 @@ class Tokenizer:
         self.padding_side = fields.get("padding_side", "left")
         self.clean_up = fields.get("clean_up_tokenization_spaces", self.clean_up_default)
         self.remove_space, self.do_lower_case = fields.get("remove_space", False), fields.get("do_lower_case", False)
+        self.normalizes = self.remove_space or self.do_lower_case or self.open_mark is not None
 
     def _unreadable(self, error):
         path = self.folder / self.model_file
@@ -84,7 +85,7 @@ class Tokenizer:
         Returns a list of (T,) int32 arrays. All texts are encoded in one call, which is some times faster.
         """
         texts = [part for part in parts if isinstance(part, str)]
-        plain = list(map(self.normalize, texts))
+        plain = list(map(self.normalize, texts)) if self.normalizes else texts
         if len(plain) == 1:  # without threads: starting them takes as long as a text
             found = [self.sp.encode(plain[0], return_type="numpy")]
         else:
