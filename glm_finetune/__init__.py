@@ -4,8 +4,19 @@
 """
 
 import logging
+from importlib.metadata import version
 
-from glm_finetune.modes import MODE
+from packaging.version import Version
+
+OLDEST = {"torch": "2.11.0", "transformers": "5.17.0"}  # what requirements.txt pins is what is tested at every change
+for _name, _oldest in OLDEST.items():
+    if Version(version(_name)) < Version(_oldest):
+        raise ImportError(
+            f"{_name} {version(_name)} is installed, {_oldest} is the oldest that works here: pip install -r "
+            "requirements.txt"
+        )
+
+from glm_finetune.modes import MODE  # noqa: E402 (with an older one this fails somewhere inside)
 
 __all__ = ["MODE"]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glm_finetune.errors import UserError, raise_together, unknown_choice
+from glm_finetune.models.network import enable_checkpointing
 from glm_finetune.models.original import DTYPES
 from glm_finetune.modes import MODE, mode_of, refuse_architecture, refuse_others
 from glm_finetune.record import Prompt, prompt_of, read_record
@@ -65,8 +66,7 @@ def load_base(mode, folder, place, gradient_checkpointing=False):
     """The base model in eval mode, its weights at `place`. Raises UserError for weights that do not fit."""
     model = mode.model.from_pretrained(folder, place=place)
     if gradient_checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        model.disable_input_require_grads()  # it would carry the backward pass below the lowest layer that learns
+        enable_checkpointing(model)
     return model
 
 

@@ -114,14 +114,17 @@ def from_main(value):
     return gather_objects(value)[0]
 
 
-def choose_device(wanted=None):
+def choose_device(wanted=None, cudnn_attention=False):
     """The device of this rank. wanted: None, "cpu", "cuda" or the number of a card.
 
-    Raises UserError for a card that is not there.
+    cudnn_attention: whether torch may take cuDNN's, which it prefers on compute capability 9 and 10 since 2.11. Its
+    gradients were seen to be nan with a mask at lengths % 128 == 64 (pytorch #196678, trl #7181), and it plans for half
+    a second for every new length (FunASR #3704). Raises UserError for a card that is not there.
     """
     num_cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "cpu" or (wanted is None and num_cards == 0):
         return torch.device("cpu")
+    torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
     return _choose_card(wanted or "cuda", num_cards)
 
 

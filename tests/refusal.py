@@ -35,12 +35,14 @@ def record(met):
 def normalised(text, session_folder, test_folder=None):
     """A message without what differs from run to run.
 
-    That is temporary folders, and so how far into a file that names them an error is; the checkout; process numbers.
+    That is temporary folders, and so how far into a file that names them an error is; the checkout; process numbers;
+    the version of torch.
     """
     if test_folder:
         text = text.replace(str(test_folder), "<tmp>")
     text = re.sub(rf"{re.escape(str(session_folder))}/([\w-]*?)\d+(?=\W|$)", r"<\1>", text)
     text = re.sub(r"\(char \d+\)", "(char <number>)", text)
+    text = re.sub(r"\(torch [^\s,]+", "(torch <version>", text)
     return re.sub(r"\bprocess \d+ on [^\s)]+", "process <number> on <host>", text.replace(str(ROOT), "<root>"))
 
 

@@ -9,10 +9,13 @@ import torch.nn.functional as F
 from glm_finetune import MODE
 from glm_finetune.answer.chat import chat_ids
 from glm_finetune.data.dataset import collate, without_targets
+from glm_finetune.generator import generate
 from glm_finetune.models import layers, loss
 from glm_finetune.models.glm2 import inverse_frequencies
 from glm_finetune.models.layers import rotary_angles
+from glm_finetune.models.network import enable_checkpointing
 from glm_finetune.models.prefixes import add_prefix
+from glm_finetune.tuning.lora import add_lora
 from glm_finetune.weights import read_json, write_json
 from tests.original_data import original_dataset
 
@@ -154,6 +157,35 @@ def test_causal_modes_build_no_mask_for_padding_on_the_right(mode, checkpoints, 
     assert seen and all(mask is None for mask in seen)
 
 
+@pytest.mark.parametrize("mode", ["glm2", "glm3"])
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_a_mask_is_built_in_generation_only_where_a_row_is_padded(num_rows, mode, checkpoints, monkeypatch):
+    tokenizer, model = MODE[mode].tokenizer.from_pretrained(checkpoints[mode]), load(mode, checkpoints)
+    texts, attend, seen = ("风扇不转", "发动机水温高，检查水泵")[:num_rows], layers.attend, []
+    prompts = [chat_ids(MODE[mode], tokenizer, text, []) for text in texts]
+    expected = generate(model, tokenizer, MODE[mode], prompts, [6] * num_rows)
+    monkeypatch.setattr(
+        f"{MODE[mode].model.__module__}.attend", lambda q, k, v, mask: seen.append(mask) or attend(q, k, v, mask)
+    )
+    assert generate(model, tokenizer, MODE[mode], prompts, [6] * num_rows) == expected
+    assert len(seen) == 6 * model.config.num_layers
+    assert all(mask is None for mask in seen) if num_rows == 1 else all(mask is not None for mask in seen)
+
+
+@every_mode
+def test_checkpointing_never_goes_back_below_the_lowest_layer_that_learns(mode, checkpoints, data_file):
+    rows, tokenizer = dataset(mode, checkpoints, data_file)
+    model = load(mode, checkpoints)
+    enable_checkpointing(model)
+    last = len(model.layers) - 1
+    (name,) = [n for n, _ in model.named_modules() if n.endswith(f"layers.{last}.mlp.dense_4h_to_h")]
+    lora = add_lora(model, 2, 4, 0.0, [name], "base").train()
+    stream = model.begin(batch_of(rows[:2], mode, tokenizer))
+    assert not stream.hidden.requires_grad
+    lora(**batch_of(rows[:2], mode, tokenizer), use_cache=False).loss.backward()
+    assert any(p.grad is not None for n, p in lora.named_parameters() if "lora_B" in n)
+
+
 @every_mode
 def test_gradient_checkpointing_gives_the_same_gradients(mode, checkpoints, data_file):
     rows, tokenizer = dataset(mode, checkpoints, data_file)
@@ -164,7 +196,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(mode, checkpoints, data
         add_prefix(model, 5, projection=True)
         model.train()
         if checkpointing:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            enable_checkpointing(model)
         model(**batch, use_cache=False).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     assert gradients[0]["transformer.prefix_encoder.embedding.weight"].any()
@@ -260,3 +292,14 @@ def test_chatglm_6b_head_is_tied_unless_the_config_says_otherwise(checkpoints, t
     assert tied.lm_head.weight is tied.transformer.word_embeddings.weight
     assert untied.lm_head.weight is not untied.transformer.word_embeddings.weight
     assert torch.equal(untied.lm_head.weight, tied.lm_head.weight)
+
+
+def test_a_mask_becomes_what_is_added_to_the_scores_once_for_all_layers(checkpoints, data_file, monkeypatch):
+    rows, tokenizer = dataset("glm", checkpoints, data_file)
+    attend, seen = layers.attend, []
+    monkeypatch.setattr(
+        "glm_finetune.models.glm.attend", lambda q, k, v, mask: seen.append(mask) or attend(q, k, v, mask)
+    )
+    load("glm", checkpoints)(**batch_of(rows[:4], "glm", tokenizer))
+    assert len(seen) > 1 and all(mask is seen[0] for mask in seen) and seen[0].dtype == torch.float32
+    assert set(seen[0].unique().tolist()) == {0.0, float("-inf")}

@@ -270,9 +270,10 @@ def test_segments_as_a_mask_are_the_mask_rule():
 @pytest.mark.parametrize("num_shared", [0, 3])
 @pytest.mark.parametrize("num_kv_heads", [4, 2])
 def test_what_flash_attention_is_given_describes_the_same(num_kv_heads, num_shared, monkeypatch):
-    def reference(query, key, value, query_bounds, key_bounds, max_q, max_k, *, window_size, enable_gqa):
+    def reference(query, key, value, query_bounds, key_bounds, max_q, max_k, *, window_size, enable_gqa=None):
         """The documented meaning of varlen_attn: sequences end to end, causal at (-1, 0) from the last key on."""
-        assert window_size == (-1, 0) and enable_gqa == (num_kv_heads != 4)
+        expected = num_kv_heads != 4 if layers.VARLEN_ASKS_FOR_GQA else None
+        assert window_size == (-1, 0) and enable_gqa == expected
         assert query_bounds.dtype == key_bounds.dtype == torch.int32
         sizes = query_bounds.diff().tolist(), key_bounds.diff().tolist()
         assert max(sizes[0]) <= max_q and max(sizes[1]) <= max_k and sum(sizes[1]) == len(key) == len(value)
@@ -303,3 +304,15 @@ def test_flash_attention_of_a_card_is_the_mask_rule_with_its_gradients(num_kv_he
     gradients = torch.autograd.grad((out * weight).sum(), leaves)
     for gradient, right in zip(gradients, torch.autograd.grad((expected * weight).sum(), exact)):
         assert (gradient.float() - right).norm() <= 2e-2 * right.norm()
+
+
+def test_the_longest_segment_of_a_packed_batch_reaches_the_kernel(samples, monkeypatch):
+    _, packed = batches("glm3", samples, 10**4)
+    assert packed["longest_segment"] == int(packed["segment_bounds"].diff().max()) < packed["input_ids"].shape[1]
+    tensors, bounds = segments(4, 2, 3)
+    sizes = []
+    monkeypatch.setattr(layers, "has_flash_attention", lambda query: True)
+    monkeypatch.setattr(layers, "varlen_attn", lambda q, k, v, b, kb, *lengths, **_: sizes.append(lengths) or q)
+    for longest, expected in ((5, (5, 8)), (None, (tensors[0].shape[2], tensors[0].shape[2] + 3))):
+        layers.attend(*tensors, layers.Segments(bounds, longest))
+        assert sizes.pop() == expected

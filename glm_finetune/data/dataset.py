@@ -4,7 +4,7 @@ The batch contract, which every model reads (B rows, T tokens, right-padded):
   input_ids (B, T), labels (B, T) with -100 where there is no target, position_ids (B, T) or (B, 2, T),
   target_index (N,): see `loss.target_index`; and, only where causal attention is not enough,
   segment_ids (B, T), -1 = padding, and is_prefix (B, T) bool: see `models.layers.visible`; or, where causal attention
-  within samples is enough, segment_bounds (S + 1,) int32: see `models.layers.Segments`.
+  within samples is enough, segment_bounds (S + 1,) int32 and longest_segment: see `models.layers.Segments`.
 """
 
 from collections.abc import Sequence
@@ -94,7 +94,8 @@ def collate(rows, pad_token_id, positions, max_len=None):
     segment_of = {i: segment for packed in bins for segment, i in enumerate(packed)}
     segment_ids = laid_out([[segment_of[i]] * length for i, length in enumerate(lengths)], -1)
     if not any(prefixes):
-        return batch | {"segment_bounds": segment_bounds(segment_ids)}
+        bounds = segment_bounds(segment_ids)
+        return batch | {"segment_bounds": bounds, "longest_segment": int(bounds.diff().max())}
     is_prefix = [torch.arange(length) < prefix for length, prefix in zip(lengths, prefixes)]
     return batch | {"segment_ids": segment_ids, "is_prefix": laid_out(is_prefix, False)}
 
@@ -108,7 +109,8 @@ def segment_bounds(segment_ids):
 
 def to_device(batch, device):
     """A batch of `collate` on `device`."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    return batch | {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 
 def without_targets(row):

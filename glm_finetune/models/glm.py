@@ -250,13 +250,14 @@ class ChatGLMForConditionalGeneration(Network):
         logits_to_keep=None,
         inputs_embeds=None,
         is_first_iteration=False,
+        hides=True,
     ):
         """Positions and mask of the last `next_sequence_length` tokens, from the whole text so far.
 
         input_ids: (B, S). prompt_positions: (B, 2, S0) of the prompt; tokens after it continue its last column.
         position_ids (from `generate`, one-dimensional) and inputs_embeds are of no use here.
         """
-        num_new = next_sequence_length or input_ids.shape[1]
+        num_new, attention_mask = next_sequence_length or input_ids.shape[1], attention_mask if hides else None
         is_prefix, positions = prefix_layout(input_ids, self.config, _left_padding(attention_mask))
         if prompt_positions is not None:
             positions = continue_positions(prompt_positions, input_ids.shape[1])

@@ -190,7 +190,7 @@ class ChatGLM2ForConditionalGeneration(Network):
         if position_ids is None:
             position_ids = torch.arange(num_past, num_past + num_tokens, device=embedded.device)[None]
         if batch.get("segment_bounds") is not None:
-            return position_ids, Segments(batch["segment_bounds"])
+            return position_ids, Segments(batch["segment_bounds"], batch.get("longest_segment"))
         segment_ids, attention_mask = batch.get("segment_ids"), batch.get("attention_mask")
         if segment_ids is None and attention_mask is not None:
             segment_ids = attention_mask.long() - 1

@@ -5,6 +5,7 @@ Dimension letters: B batch, T query tokens, S key tokens, P prefix tokens, D hid
 size, V vocabulary, L layers.
 """
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,8 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
 from glm_finetune.models.loss import target_index, token_losses, wrapped_head_losses
+
+VARLEN_ASKS_FOR_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 shares heads unasked
 
 
 def visible(segment_ids, is_prefix, num_queries):
@@ -39,10 +42,12 @@ class Segments:
     """Stands for a mask where attention is causal within segments, so that none is built.
 
     bounds: (N + 1,) int32, where each segment begins in the B * T tokens laid end to end, and B * T. Every token is in
-    a segment (padding in one of its own), none goes over the end of a row.
+    a segment (padding in one of its own), none goes over the end of a row. longest: tokens of the longest segment, for
+    a kernel that works in proportion to it; None: it is not known.
     """
 
     bounds: torch.Tensor
+    longest: int | None = None
 
     def as_mask(self, num_rows):
         """The (B, 1, T, T) bool mask that it stands for."""
@@ -57,12 +62,13 @@ def attend(query, key, value, mask):
     """Scaled dot-product attention, scale 1 / sqrt(E).
 
     query: (B, H, T, E); key, value: (B, K, S, E), each kv head serving H / K consecutive query heads.
-    mask: (B, 1, T, S) bool, True = visible; None = causal, the last query seeing all S keys; Segments = causal within
-    each, the S - T keys in front seen by all (no T x T tensor is built for these two).
+    mask: (B, 1, T, S) bool, True = visible, or what is added to the scores, 0 or -inf; None = causal, the last query
+    seeing all S keys; Segments = causal within each, the S - T keys in front seen by all (no T x T tensor is built for
+    these two).
     Returns (B, T, H * E).
     """
     if isinstance(mask, Segments):
-        return attend_segments(query, key, value, mask.bounds)
+        return attend_segments(query, key, value, mask.bounds, mask.longest)
     num_groups, num_queries, num_keys = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
     causal = mask is None and num_queries == num_keys
     in_place = num_groups > 1 and mask is None and num_queries in (1, num_keys) and has_flash_attention(query)
@@ -74,7 +80,7 @@ def attend(query, key, value, mask):
     return out.transpose(1, 2).flatten(2)  # (B, T, H * E)
 
 
-def attend_segments(query, key, value, bounds):
+def attend_segments(query, key, value, bounds, longest=None):
     """`attend` with Segments: flash attention over all of them at once on cards that have it, else one after the other.
 
     query: (B, H, T, E); key, value: (B, K, P + T, E), the first P seen by every segment of their row.
@@ -86,10 +92,11 @@ def attend_segments(query, key, value, bounds):
     key, value = (lay_out(x, bounds, num_shared) for x in (key, value))  # (B * T + N * P, K, E)
     if has_flash_attention(query):
         key_bounds = bounds + num_shared * torch.arange(len(bounds), dtype=bounds.dtype, device=bounds.device)
-        sizes = num_tokens, num_shared + num_tokens  # upper bounds: the longest segment would cost a CPU-GPU sync
-        shares_heads = query.shape[1] != key.shape[1]
+        longest = longest or num_tokens  # an upper bound: to look would cost a CPU-GPU sync
+        sizes = longest, num_shared + longest
+        shares_heads = {"enable_gqa": query.shape[1] != key.shape[1]} if VARLEN_ASKS_FOR_GQA else {}
         out = varlen_attn(
-            query, key, value, bounds, key_bounds, *sizes, window_size=(-1, 0), enable_gqa=shares_heads
+            query, key, value, bounds, key_bounds, *sizes, window_size=(-1, 0), **shares_heads
         )  # (B * T, H, E); (-1, 0): causal, aligned with the last key
         return out.flatten(1).unflatten(0, (num_rows, num_tokens))
     sizes = bounds.diff().tolist()  # CPU-GPU sync on a card without flash attention

@@ -49,6 +49,12 @@ class Output(ModelOutput):
     token_losses: torch.Tensor | None = None
 
 
+def enable_checkpointing(model):
+    """Switch gradient checkpointing of a transformers model on; the method got another name after 5.17."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 class Network(OriginalModel, GenerationMixin):
     """Base of the language models.
 
@@ -58,6 +64,11 @@ class Network(OriginalModel, GenerationMixin):
 
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+
+    def enable_input_require_grads(self):
+        """Nothing: checkpointing (peft asks for it) needs none here, and it would carry the backward pass through all
+        frozen layers below the lowest that learns.
+        """
 
     def begin(self, batch, cache=None):
         """A batch (see data/dataset.py; at least input_ids (B, T) or inputs_embeds (B, T, D)) -> Stream.
@@ -73,6 +84,8 @@ class Network(OriginalModel, GenerationMixin):
         if config.prompt_len:
             prompt = None if num_past else self.transformer.prompt_encoder().to(embedded.dtype)  # (P, D)
             embedded, position_ids, mask = with_prompt(prompt, config.prompt_len, embedded, position_ids, mask)
+        if isinstance(mask, torch.Tensor):  # once: attention would make it of a bool mask in every layer
+            mask = torch.zeros_like(mask, dtype=embedded.dtype).masked_fill_(~mask, float("-inf"))
         cos, sin = (table.to(embedded.dtype)[:, None] for table in self.angles(position_ids))  # (B, 1, T, ...)
         prefixes = prefix_keys_values(self, embedded) if config.pre_seq_len else [None] * config.num_layers
         return Stream(embedded, mask, cos, sin, prefixes)
@@ -102,6 +115,7 @@ class Network(OriginalModel, GenerationMixin):
         segment_ids=None,
         is_prefix=None,
         segment_bounds=None,
+        longest_segment=None,
         target_index=None,
         return_logits=None,
         output_attentions=None,
@@ -113,14 +127,15 @@ class Network(OriginalModel, GenerationMixin):
         input_ids: (B, T) int64, or inputs_embeds: (B, T, D). position_ids: (B, T) int64, of ChatGLM-6B (B, 2, T).
         attention_mask: (B, S) 1 = token, 0 = padding; ChatGLM-6B also takes the original's (B, 1, T, T) bool, True =
         masked. segment_ids: (B, S) int64 (-1 padding) and is_prefix: (B, S) bool replace it: see `layers.visible`.
-        segment_bounds: (N + 1,) int32, samples end to end in a row, causal within each: see `layers.Segments`.
+        segment_bounds: (N + 1,) int32, samples end to end in a row, causal within each; longest_segment: tokens of the
+        longest; see `layers.Segments`.
         What is left out is derived: see `layout` of the model.
         labels: (B, T) int64, not shifted, -100 = not a target; target_index: see `loss.target_index`.
         logits_to_keep: logits of the last so many positions only; 0 = all. return_logits: default, when without labels.
         """
         batch = dict(input_ids=input_ids, inputs_embeds=inputs_embeds, labels=labels, target_index=target_index)
         batch |= dict(attention_mask=attention_mask, position_ids=position_ids, segment_bounds=segment_bounds)
-        batch |= dict(segment_ids=segment_ids, is_prefix=is_prefix)
+        batch |= dict(segment_ids=segment_ids, is_prefix=is_prefix, longest_segment=longest_segment)
         if output_attentions or output_hidden_states or return_dict is False:
             raise ValueError("output_attentions, output_hidden_states and return_dict=False are not supported.")
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
@@ -135,3 +150,16 @@ class Network(OriginalModel, GenerationMixin):
         wants_logits = labels is None if return_logits is None else return_logits
         logits = self.logits(hidden, logits_to_keep) if wants_logits else None
         return Output(loss, logits, cache, losses)
+
+    def generate(self, inputs=None, **kwargs):
+        """transformers' generate(). A mask that hides nothing is noticed once, here, and not handed on: attention is
+        faster without (5.23 does so itself, 5.17 does not).
+        """
+        mask = kwargs.get("attention_mask")
+        hides = mask is None or not bool(mask.all())  # CPU-GPU sync. Without a mask transformers makes its own
+        return super().generate(inputs, hides=hides, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids, hides=True, attention_mask=None, **kwargs):
+        """hides: of `generate`, whether attention_mask (B, S) has a zero."""
+        mask = attention_mask if hides else None
+        return super().prepare_inputs_for_generation(input_ids, attention_mask=mask, **kwargs)

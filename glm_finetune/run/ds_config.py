@@ -73,7 +73,9 @@ def resolve(ds_json, config, world_size, precision, device_type, learns_in_fp32=
     zero, sums = _sums({**zero, "stage": max(1, zero["stage"])}, ds_json.get("data_types", {}), in_bf16)
     if device_type == "cpu":  # pinned memory and overlapping streams would have to be compiled first, and serve cards
         offloads = {key: zero[key] | {"pin_memory": False} for key in SUBSECTIONS["zero_optimization"] if key in zero}
-        zero = zero | offloads | {"overlap_comm": False}
+        zero = zero | offloads
+    if device_type == "cpu" or world_size == 1:  # nothing to overlap with: it would wait after every micro-batch
+        zero = zero | {"overlap_comm": False}
     return {
         **{key: ds_json[key] for key in PASSED_ON if key in ds_json},
         **numbers,

@@ -47,7 +47,7 @@ def settle(config):
     config = with_defaults(config, train_type)
     folder.check_output_dir(*output_folder(config))
     dist.launch_environment()
-    (_, world_size), device = dist.launched(), dist.choose_device(config.device)
+    (_, world_size), device = dist.launched(), dist.choose_device(config.device, config.cudnn_attention)
     ds_json = read_ds_file(config.ds_file)
     raise_together(tuning.problems(config, train_type, stage_of(ds_json)))
     precision = dist.choose_precision(config.precision or precision_of(ds_json), device)
