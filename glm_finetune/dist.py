@@ -114,12 +114,13 @@ def from_main(value):
     return gather_objects(value)[0]
 
 
+# cuDNN's attention, which torch prefers on compute capability 9 and 10 since 2.11: its gradients were seen to be nan
+# with a mask at lengths % 128 == 64 (pytorch #196678, trl #7181), and it plans half a second for every new length
+# (FunASR #3704).
 def choose_device(wanted=None, cudnn_attention=False):
     """The device of this rank. wanted: None, "cpu", "cuda" or the number of a card.
 
-    cudnn_attention: whether torch may take cuDNN's, which it prefers on compute capability 9 and 10 since 2.11. Its
-    gradients were seen to be nan with a mask at lengths % 128 == 64 (pytorch #196678, trl #7181), and it plans for half
-    a second for every new length (FunASR #3704). Raises UserError for a card that is not there.
+    cudnn_attention: whether torch may take cuDNN's, see above. Raises UserError for a card that is not there.
     """
     num_cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "cpu" or (wanted is None and num_cards == 0):

@@ -37,6 +37,11 @@ def visible(segment_ids, is_prefix, num_queries):
     return (sees & same_segment)[:, None]
 
 
+def added_to_scores(mask, dtype):
+    """A bool mask as 0 and -inf, made once for all layers: of a bool mask attention makes it in every layer."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+
+
 @dataclass(frozen=True)
 class Segments:
     """Stands for a mask where attention is causal within segments, so that none is built.

@@ -20,7 +20,7 @@ from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache
 from transformers.utils import ModelOutput
 
-from glm_finetune.models.layers import head_losses
+from glm_finetune.models.layers import added_to_scores, head_losses
 from glm_finetune.models.original import OriginalModel
 from glm_finetune.models.prefixes import prefix_keys_values, with_prefix_columns, with_prompt
 
@@ -84,8 +84,7 @@ class Network(OriginalModel, GenerationMixin):
         if config.prompt_len:
             prompt = None if num_past else self.transformer.prompt_encoder().to(embedded.dtype)  # (P, D)
             embedded, position_ids, mask = with_prompt(prompt, config.prompt_len, embedded, position_ids, mask)
-        if isinstance(mask, torch.Tensor):  # once: attention would make it of a bool mask in every layer
-            mask = torch.zeros_like(mask, dtype=embedded.dtype).masked_fill_(~mask, float("-inf"))
+        mask = added_to_scores(mask, embedded.dtype) if isinstance(mask, torch.Tensor) else mask
         cos, sin = (table.to(embedded.dtype)[:, None] for table in self.angles(position_ids))  # (B, 1, T, ...)
         prefixes = prefix_keys_values(self, embedded) if config.pre_seq_len else [None] * config.num_layers
         return Stream(embedded, mask, cos, sin, prefixes)
@@ -127,8 +126,7 @@ class Network(OriginalModel, GenerationMixin):
         input_ids: (B, T) int64, or inputs_embeds: (B, T, D). position_ids: (B, T) int64, of ChatGLM-6B (B, 2, T).
         attention_mask: (B, S) 1 = token, 0 = padding; ChatGLM-6B also takes the original's (B, 1, T, T) bool, True =
         masked. segment_ids: (B, S) int64 (-1 padding) and is_prefix: (B, S) bool replace it: see `layers.visible`.
-        segment_bounds: (N + 1,) int32, samples end to end in a row, causal within each; longest_segment: tokens of the
-        longest; see `layers.Segments`.
+        segment_bounds: (N + 1,) int32 and longest_segment: samples end to end, causal in each; see `layers.Segments`.
         What is left out is derived: see `layout` of the model.
         labels: (B, T) int64, not shifted, -100 = not a target; target_index: see `loss.target_index`.
         logits_to_keep: logits of the last so many positions only; 0 = all. return_logits: default, when without labels.
