@@ -18,7 +18,7 @@ from glm_finetune.answer import answers
 from glm_finetune.answer.chat import converse
 from glm_finetune.answer.flags import MIN_PROMPT, PredictConfig
 from glm_finetune.data.samples import read_questions
-from glm_finetune.errors import UserError
+from glm_finetune.errors import UserError, naming
 from glm_finetune.evaluate.metrics import triple_scores
 from glm_finetune.flags import parse
 from glm_finetune.generator import generate, sampling_of
@@ -43,7 +43,7 @@ def main():
         answer_file(model, tokenizer, folder, config, rows, path, done)
     else:
         messages = [{"role": "user", "content": config.instruction + config.input}]
-        (answer,), num_cut = answer_batch(model, tokenizer, folder, config, [messages])
+        (answer,), num_cut = answer_batch(model, tokenizer, folder, config, [("the question", messages)])
         print(answer)
         if num_cut:
             print(f"the question was cut to fit --max_length {config.max_length}", file=sys.stderr)
@@ -68,11 +68,17 @@ def length_of(config, folder):
 
 
 def answer_batch(model, tokenizer, folder, config, conversations):
-    """(answers, number of questions cut to fit) for a list of conversations, generated together."""
+    """(answers, number of questions cut to fit) for a list of (where, messages), generated together.
+
+    Raises UserError naming `where` for one that cannot be cut to fit.
+    """
     room = config.max_new_tokens or config.max_length // 4  # kept free for the answer when a question is too long
     limits = Limits(config.max_length, max(8, config.max_length - room - 8), config.truncation)
     template = folder.prompt.template
-    rendered = [folder.mode.render(tokenizer, messages, limits, template) for messages in conversations]
+    rendered = []
+    for where, messages in conversations:
+        with naming(where):
+            rendered.append(folder.mode.render(tokenizer, messages, limits, template))
     prompts = [one.input_ids for one in rendered]
     lengths = [config.max_new_tokens or config.max_length - len(prompt) for prompt in prompts]
     rows = generate(model, tokenizer, folder.mode, prompts, lengths, **sampling_of(config))
@@ -88,14 +94,15 @@ def answer_file(model, tokenizer, folder, config, rows, path, done):
     with open(path, "a", encoding="utf-8") as file:
         for start in tqdm(range(len(done), len(rows), config.batch_size), desc="predict", unit=" batches"):
             part = rows[start : start + config.batch_size]
-            texts, cut = answer_batch(model, tokenizer, folder, config, [messages for _, messages, _ in part])
+            asked = [(where, messages) for where, _, messages, _ in part]
+            texts, cut = answer_batch(model, tokenizer, folder, config, asked)
             num_cut += cut
-            for (row, _, _), text in zip(part, texts):
+            for (_, row, _, _), text in zip(part, texts):
                 done.append({**row, "prediction": text})
                 file.write(json.dumps(done[-1], ensure_ascii=False) + "\n")
             file.flush()
     print(f"{len(done)} answers in {path}" + (f"; {num_cut} questions cut to fit --max_length" if num_cut else ""))
-    print_scores([(own["prediction"], answer) for own, (_, _, answer) in zip(done, rows) if answer is not None])
+    print_scores([(own["prediction"], answer) for own, (*_, answer) in zip(done, rows) if answer is not None])
 
 
 def print_scores(pairs):

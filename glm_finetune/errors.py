@@ -5,6 +5,7 @@ raise_together(config.problems())                      # all problems at once
 """
 
 import difflib
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -31,9 +32,22 @@ def unknown_choice(name, value, allowed):
     """Yield a problem, with the nearest allowed value, unless `value` is None or allowed."""
     if value is not None and value not in allowed:
         names = [str(choice) for choice in allowed]
-        near = difflib.get_close_matches(str(value).lower(), names, 1, cutoff=0.7)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        yield f"--{name} {value!r}: must be one of {', '.join(names)}.{hint}"
+        yield f"--{name} {value!r}: must be one of {', '.join(names)}.{did_you_mean(str(value).lower(), names)}"
+
+
+def did_you_mean(name, names):
+    """ " Did you mean NAME?" with the nearest of `names`, or "" where none is near."""
+    near = difflib.get_close_matches(name, names, 1, cutoff=0.7)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+@contextmanager
+def naming(where):
+    """Put the place of a problem, a file and line or the like, before the UserErrors raised inside."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def raise_together(problems):

@@ -5,7 +5,6 @@ config = parse(TrainConfig, sys.argv[1:])   # or a UserError that lists every pr
 
 import argparse
 import dataclasses
-import difflib
 import json
 import math
 import typing
@@ -13,7 +12,7 @@ from contextlib import suppress
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 
-from glm_finetune.errors import UserError, raise_together, unknown_choice
+from glm_finetune.errors import UserError, did_you_mean, raise_together, unknown_choice
 
 NOT_FROM_RECORD = ("config", "resume", "force", "overwrite_output_dir", "local_rank", "deepspeed", "deepspeed_config")
 PRECISIONS = ("bf16", "fp16", "fp32")
@@ -108,7 +107,7 @@ def read_config_file(path, fields):
     for name, value in found.items():
         name = str(name).removeprefix("--")
         if name not in fields:
-            problems.append(f"--config {path}: {_nearest(name, fields, f'unknown flag {name}.')}")
+            problems.append(f"--config {path}: {_unknown_flag(name, name, fields)}")
         elif value is not None:
             try:
                 values[name] = _from_file(value, _value_type(fields[name].type))
@@ -139,13 +138,12 @@ def _from_file(value, kind):
 
 def _unknown_flags(unknown, fields):
     flags, names = [text for text in unknown if text.startswith("-")], [f"--{name}" for name in fields]
-    yield from (_nearest(text.split("=")[0], names, f"unknown flag {text}.") for text in flags)
+    yield from (_unknown_flag(text, text.split("=")[0], names) for text in flags)
     yield from (f"{text!r} belongs to no flag." for text in unknown if not flags)
 
 
-def _nearest(text, names, message):
-    near = difflib.get_close_matches(text, names, 1)
-    return message + (f" Did you mean {near[0]}?" if near else " --help lists them.")
+def _unknown_flag(text, name, names):
+    return f"unknown flag {text}.{did_you_mean(name, names) or ' --help lists them.'}"
 
 
 class _Parser(argparse.ArgumentParser):

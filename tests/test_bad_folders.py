@@ -191,6 +191,7 @@ def test_a_host_without_memory_is_no_damaged_file(error, ending, damaged, monkey
         (["--lora_module_name", "input_layernorm"], ["--lora_module_name", "called input_layernorm.", "dense"]),
         (["--train_type", "freeze"], ["--freeze_module_name", "'layers.27.'", "layers.1"]),
         (["--train_type", "freeze", "--freeze_module_name", "layers.1.,layers.99."], ["'layers.99.'"]),
+        (["--lora_module_name", "query_key_valeu"], ["called query_key_valeu.", "Did you mean query_key_value?"]),
     ],
 )
 def test_names_that_match_nothing_are_answered_with_those_that_exist(checkpoints, mode, arguments, parts):

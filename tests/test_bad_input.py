@@ -256,7 +256,7 @@ def ds(tmp_path):
         ('{"optimizer": {"type": "Lamb"}}', ["optimizer 'Lamb'", "AdamW"]),
         ('{"bf16": {"enabled": true}}', ["bf16", "--precision says fp32"]),
         ('{"fp16": {"enabled": "true"}}', ["fp16.enabled must be true or false"]),
-        ('{"zero_optimisation": {}}', ["'zero_optimisation'", "'zero_optimization'?"]),
+        ('{"zero_optimisation": {}}', ["'zero_optimisation'", "Did you mean zero_optimization?"]),
         ('{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}', ["offloads parameters at stage 2"]),
         ('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}', ["offloads the optimizer without a stage"]),
         ('{"zero_optimization": {"stage": "2"}}', ["stage is '2'"]),

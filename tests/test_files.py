@@ -106,11 +106,17 @@ def test_weights_have_no_place_in_prediction(tmp_path):
     refused(lambda: list(read_questions(config)), "a.jsonl:2", "answers need no weight")
 
 
+def test_an_answer_takes_the_place_of_no_field(tmp_path):
+    path = write(tmp_path / "a.jsonl", jsonl([{"question": "q"}, {"question": "q", "prediction": "of another model"}]))
+    config = parse(PredictConfig, ["--model_path", str(tmp_path), "--test_path", str(path)])
+    refused(lambda: list(read_questions(config)), "a.jsonl, line 2", "the field 'prediction'", "Rename")
+
+
 def test_what_json_cannot_hold_is_text_beside_an_answer(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.Table.from_pylist([{"question": "q", "day": datetime.date(2026, 1, 2)}]), path)
-    ((row, _, _),) = read_questions(parse(PredictConfig, ["--model_path", str(tmp_path), "--test_path", str(path)]))
+    ((_, row, _, _),) = read_questions(parse(PredictConfig, ["--model_path", str(tmp_path), "--test_path", str(path)]))
     assert row == {"question": "q", "day": "2026-01-02"}
     half = write(tmp_path / "a.jsonl", b'{"question": "q", "note": "\\ud800"}\n')
     config = parse(PredictConfig, ["--model_path", str(tmp_path), "--test_path", str(half)])

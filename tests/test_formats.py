@@ -331,7 +331,7 @@ def test_questions_for_prediction_are_the_rows_up_to_the_last_answer(path):
     config = parse(PredictConfig, ["--test_path", str(path)])
     found = list(read_questions(config))
     form = detect(rows_in(path))
-    for (row, messages, answer), original in zip(found, rows_in(path), strict=True):
+    for (_, row, messages, answer), original in zip(found, rows_in(path), strict=True):
         assert row == original
         if form.name == "text":
             assert (messages, answer) == ([{"role": "user", "content": row["text"]}], None)
@@ -352,8 +352,9 @@ def test_questions_for_prediction_are_the_rows_up_to_the_last_answer(path):
     ],
 )
 def test_questions_need_no_answer(row, tmp_path):
-    config = parse(PredictConfig, ["--test_path", str(write(tmp_path / "a.jsonl", jsonl([row])))])
-    assert list(read_questions(config)) == [(row, [{"role": "user", "content": "q"}], None)]
+    path = write(tmp_path / "a.jsonl", jsonl([row]))
+    config = parse(PredictConfig, ["--test_path", str(path)])
+    assert list(read_questions(config)) == [(f"{path}, line 1", row, [{"role": "user", "content": "q"}], None)]
 
 
 @every_mode

@@ -199,17 +199,24 @@ def stop_later():
     engine.to_device = to_device
 
 
-def press_twice(secs):
-    send(signal.SIGINT)
-    time.sleep(secs)
-    send(signal.SIGINT)
+def press_twice_at(step, ranks, secs, launcher):
+    """Ctrl-C where step + 1 begins, and again after `secs`; torchrun repeats what its ranks have got already."""
+
+    def press_twice():
+        send(signal.SIGINT)
+        time.sleep(secs)
+        send(signal.SIGINT)
+
+    if launcher == "torchrun":
+        os.environ["TORCHELASTIC_RUN_ID"] = "1"
+    act_at(step, ranks, press_twice)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [[0], [0, 1]])
 def test_ctrl_c_saves_and_goes_on_bit_equal(ranks, arguments, start, whole_epochs, tmp_path):
     out = tmp_path / "out"
-    job = start(arguments(out, num_train_epochs=2), partial(act_at, 8, ranks, partial(press_twice, 0)))  # as torchrun
+    job = start(arguments(out, num_train_epochs=2), partial(press_twice_at, 8, ranks, 0, "torchrun"))
     assert job.exit_codes() == [RESUME_ME, RESUME_ME], job.printed()
     assert f"asked to stop after step 8: saved {out / 'epoch-2-step-8'}" in job.printed()
     assert start(arguments(out, num_train_epochs=2, resume="auto")).exit_codes() == [0, 0]
@@ -217,9 +224,10 @@ def test_ctrl_c_saves_and_goes_on_bit_equal(ranks, arguments, start, whole_epoch
 
 
 @pytest.mark.slow
-def test_a_second_ctrl_c_ends_at_once(arguments, start, tmp_path):
+@pytest.mark.parametrize("launcher, secs", [("torchrun", REPEAT_SECS + 0.1), (None, 0)])
+def test_a_second_ctrl_c_that_no_launcher_repeats_ends_at_once(launcher, secs, arguments, start, tmp_path):
     out = tmp_path / "out"
-    job = start(arguments(out, num_train_epochs=2), partial(act_at, 8, [0, 1], partial(press_twice, REPEAT_SECS + 0.1)))
+    job = start(arguments(out, num_train_epochs=2), partial(press_twice_at, 8, [0, 1], secs, launcher))
     assert job.exit_codes() == [-signal.SIGINT, -signal.SIGINT]
     assert [path.name for path in checkpoints_in(out)] == ["epoch-1-step-6"] and "Traceback" not in job.printed()
 

@@ -11,6 +11,7 @@ import pytest
 
 from glm_finetune.run.checkpoint import damage
 from glm_finetune.run.folder import checkpoints as checkpoints_in
+from glm_finetune.run.folder import lock
 from tests.conftest import EVERY_STEP
 from tests.refusal import contents
 from tests.test_interruptions import act_at, assert_same_end, send
@@ -66,6 +67,19 @@ def test_a_run_that_is_refused_leaves_no_trace(flags, arguments, start, every_st
         begin = {"overwrite_output_dir": True} if "resume" not in flags else {}
         assert start(arguments(folder, **flags, **begin)).exit_codes() == [2, 2]
         assert (contents(folder) if folder.exists() else None) == before
+
+
+@pytest.mark.slow
+def test_a_base_in_the_output_folder_is_not_deleted_by_a_resume_that_finds_nothing_whole(
+    arguments, start, every_step, tmp_path
+):
+    out = stopped_copy(every_step(), tmp_path / "out", step=2)
+    base = max(out.glob("epoch-*"), key=lambda path: path.stat().st_mtime)
+    (base / "train_config.json").write_text("{}")  # damaged
+    before = contents(out)
+    more = ["--overwrite_output_dir", "--model_name_or_path"]
+    job = start([*arguments(out, resume="auto"), *more, str(base)], world_size=1)
+    assert job.exit_codes() == [2] and contents(out) == before, job.printed()
 
 
 # Two runs on one folder
@@ -131,6 +145,15 @@ def test_of_two_runs_that_start_in_the_same_second_one_goes_on(flags, arguments,
     winner, loser = jobs[codes.index(0)], jobs[codes.index(2)]
     assert f"another run (process {winner.processes[0].pid} on {socket.gethostname()})" in loser.printed()
     assert [damage(folder) for folder in checkpoints_in(tmp_path / "out")] == [None]
+
+
+@pytest.mark.parametrize("before", ["process 7 on a", "process 123456789 on a-machine-with-a-long-name"])
+def test_the_lock_names_who_has_it_and_when_given_back_who_had_it(before, tmp_path):
+    (tmp_path / ".lock").write_text(before)
+    hold = lock(tmp_path)
+    assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+    hold.give_back()
+    assert (tmp_path / ".lock").read_text() == before
 
 
 # Several nodes

@@ -24,7 +24,7 @@ def asked(monkeypatch, tmp_path):
 
         def answer_batch(model, tokenizer, folder, config, conversations):
             template = folder.prompt.template
-            prompts.extend(folder.mode.render(tokenizer, m, None, template).input_ids for m in conversations)
+            prompts.extend(folder.mode.render(tokenizer, m, None, template).input_ids for _, m in conversations)
             return ["水泵_部件故障_漏水"] * len(conversations), 0
 
         monkeypatch.setattr(predict, "answer_batch", answer_batch)

@@ -1,6 +1,7 @@
 """What a run keeps and what it refuses: in the background or not, on a full disk, beside damaged checkpoints."""
 
 import errno
+import json
 import shutil
 import signal
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from glm_finetune.errors import NotFinite
 from glm_finetune.run.checkpoint import damage
 from glm_finetune.run.folder import checkpoints as checkpoints_in
 from tests.conftest import EVERY_STEP
@@ -140,6 +142,33 @@ def test_what_nobody_expected_in_the_background_ends_the_run_as_well(step, argum
     assert job.printed().rstrip().endswith("TypeError: not a tensor")
 
 
+def end_while_writing(error, step, fails):
+    """A checkpoint is written late, or not at all (fails), and the run ends with `error` in the step after it."""
+    from glm_finetune.run.guard import Guard
+
+    def accepts(self, at, *_):
+        if at > step:
+            raise error
+        return True
+
+    Guard.accepts = accepts
+    write_late()
+    if fails:
+        fail_writing(step, FULL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error, code", [(NotFinite("the loss is nan"), 2), (KeyError("a bug"), 1)])
+@pytest.mark.parametrize("fails", [False, True])
+def test_whatever_ends_the_run_what_is_being_written_is_there_or_told(error, code, fails, arguments, start, tmp_path):
+    out = tmp_path / "out"
+    job = start(arguments(out, **EVERY_STEP, async_save=True), partial(end_while_writing, error, 2, fails))
+    assert job.exit_codes() == [code, code] and str(error) in job.printed(), job.printed()
+    told = f"saving {out / 'epoch-1-step-2'} failed: [Errno 28] No space left" in job.printed()
+    assert told == fails and names(out) == ["epoch-1-step-1", "epoch-1-step-2"][: 2 - fails]
+    assert not [folder for folder in checkpoints_in(out) if damage(folder)]
+
+
 # Beside damaged ones
 
 
@@ -209,6 +238,23 @@ def test_an_older_checkpoint_is_not_continued_beside_newer_ones(arguments, start
     job = start(arguments(tmp_path / "new", **EVERY_STEP, resume=out / "epoch-1-step-2"))
     assert job.exit_codes() == [0, 0] and contents(out) == before
     assert names(tmp_path / "new") == names(every_step())[2:]
+
+
+@pytest.mark.slow
+def test_a_folder_of_another_run_is_not_mixed_with_what_goes_on_in_it(arguments, start, every_step, tmp_path):
+    one, other = stopped_copy(every_step(), tmp_path / "one", step=4), tmp_path / "other"
+    other.mkdir()
+    (other / ".lock").write_text("process 1 on a")
+    (other / "metrics.jsonl").write_text('{"step": 1}\n')
+    before = contents(other)
+    flags = {**EVERY_STEP, "resume": one / "epoch-1-step-4"}
+    job = start(arguments(other, **flags))
+    assert job.exit_codes() == [2, 2] and "holds results already (metrics.jsonl)" in job.printed()
+    assert contents(other) == before
+    job = start(arguments(other, **flags, overwrite_output_dir=True))
+    assert job.exit_codes() == [0, 0], job.printed()
+    steps = [json.loads(line)["step"] for line in (other / "metrics.jsonl").read_text().splitlines()]
+    assert min(steps) == 5 and names(other) == names(every_step())[4:]
 
 
 # The best one

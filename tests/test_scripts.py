@@ -111,6 +111,25 @@ def test_a_merge_that_loses_the_adapter_is_removed(adapters, checkpoints, tmp_pa
 
 
 @pytest.mark.slow
+def test_of_two_merges_into_one_folder_neither_destroys_the_other(adapters, tmp_path, monkeypatch):
+    arguments = ["--model_dir", adapters["glm3"], "--output_dir", tmp_path / "merged"]
+    check_written, others = merge.check_written, []
+
+    def while_another_starts(model, folder):
+        if not others:
+            others.append("started")
+            with pytest.raises(ValueError, match="another merge_lora.py is writing it, or was killed"):
+                call(merge_lora, monkeypatch, *arguments)
+        check_written(model, folder)
+
+    monkeypatch.setattr(merge, "check_written", while_another_starts)
+    call(merge_lora, monkeypatch, *arguments)
+    assert others and [path.name for path in tmp_path.iterdir()] == ["merged"]
+    with pytest.raises(ValueError, match="exists. Give another folder"):
+        call(merge_lora, monkeypatch, *arguments)
+
+
+@pytest.mark.slow
 def test_a_sum_that_is_not_base_plus_adapter_is_refused(adapters, checkpoints, tmp_path, monkeypatch):
     base = MODE["glm3"].model.from_pretrained(checkpoints["glm3"], dtype=torch.float32)
     monkeypatch.setattr("peft.PeftModel.merge_and_unload", lambda self: base, raising=False)

@@ -1,5 +1,7 @@
 """Length: what is cut, what is never cut, what is counted."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -63,7 +65,7 @@ def test_each_way_cuts_where_it_says_and_keeps_what_is_fixed(truncation, expecte
 
 def test_what_is_fixed_alone_must_fit():
     assert cut("tail", 4, question_tail=3) == [0, 7, 8, 9, 99]
-    refused(lambda: cut("tail", 3, question_tail=3), "--max_src_len 3", "head")
+    refused(lambda: cut("tail", 3, question_tail=3), "cannot be cut", "--max_src_len", "allows 3")
 
 
 @every_mode
@@ -156,17 +158,47 @@ def test_rounds_are_forgotten_whole_and_the_last_one_stays():
     assert list(newest_rounds(talk[:1], [])) == list(newest_rounds(system, [])) == []
 
 
-@pytest.mark.parametrize("truncation", ["tail", "middle"])
-def test_role_tokens_that_do_not_fit_are_refused_by_all_but_head(checkpoints, truncation):
+@every_truncation
+@every_mode
+def test_of_a_conversation_whose_roles_alone_do_not_fit_the_oldest_rounds_are_forgotten(mode, tokenizer, truncation):
+    talk = [m for i in range(40) for m in turn(f"问{i}", f"答{i}")]
+    limits = Limits(120, 60, truncation)
+    samples = MODE[mode].samples(tokenizer, talk, limits)
+    asked = MODE[mode].render(tokenizer, talk[:-1], limits)
+    for one in (samples[-1], asked):
+        assert one.question_cut and one.num_question <= 60 and len(one.input_ids) <= 120
+        assert "问39" in tokenizer.decode(one.input_ids) or truncation != "head"
+    assert all(one.num_question <= 60 for one in samples) and "答39" in tokenizer.decode(samples[-1].input_ids)
+
+
+def test_roles_of_one_round_that_do_not_fit_are_an_error_with_the_numbers(checkpoints):
     tokenizer = MODE["glm3"].tokenizer.from_pretrained(checkpoints["glm3"])
-    talk = [m for i in range(20) for m in turn("问", "答")]
+    call = {"role": "assistant", "metadata": "one_tool_with_a_very_long_name", "content": "```python\ntool_call()\n```"}
+    talk = [{"role": "user", "content": "q"}, call, {"role": "observation", "content": "1"}, *turn("q", "a")[1:]]
     refused(
-        lambda: MODE["glm3"].samples(tokenizer, talk, Limits(90, 30, truncation)),
-        "role tokens alone",
-        "--max_src_len 30",
-        "--truncation head",
+        lambda: MODE["glm3"].samples(tokenizer, talk, Limits(90, 16)), "cannot be cut", "--max_src_len", "allows 16"
     )
-    assert len(MODE["glm3"].samples(tokenizer, talk, Limits(90, 30, "head"))) > 2
+
+
+@pytest.mark.parametrize("flags", [["--truncation", "drop"], ["--is_skip"], ["--is_skip", "--truncation", "head"]])
+@every_mode
+def test_what_does_not_fit_is_dropped_and_counted_however_much_too_long_it_is(mode, checkpoints, flags, tmp_path):
+    tokenizer = MODE[mode].tokenizer.from_pretrained(checkpoints[mode])
+    call = {"role": "assistant", "metadata": "name_" * 40, "content": "```python\ntool_call()\n```"}
+    calls = [{"role": "user", "content": "q"}, call, {"role": "observation", "content": "1"}, *turn("q", "a")[1:]]
+    talks = [[m for i in range(60) for m in turn("问", "答")], turn("问", "答"), *([calls] if mode == "glm3" else [])]
+    text = "".join(json.dumps({"messages": talk}, ensure_ascii=False) + "\n" for talk in talks)
+    (tmp_path / "a.jsonl").write_text(text, encoding="utf-8")
+    config = parse(TrainConfig, [*NEEDED, "--max_len", "120", "--max_src_len", "60", *flags])
+    rows = InstructionDataset(tmp_path / "a.jsonl", settings_of(config, MODE[mode], tokenizer))
+    lengths = [len(row["input_ids"]) for row in rows]
+    assert rows.report.skipped >= len(talks) - 1 and max(lengths) <= 120
+    assert rows[len(rows) - 1] == MODE[mode].samples(tokenizer, turn("问", "答"), config_limits(config))[0].row
+    assert rows.report.rows == len(talks) and rows.report.kept == len(rows)
+
+
+def config_limits(config):
+    return Limits(config.max_len, config.max_src_len, "tail", config.end_cut_answers)
 
 
 def test_a_conversation_that_just_fits_is_one_sample(checkpoints):

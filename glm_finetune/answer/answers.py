@@ -61,7 +61,7 @@ def answered(path, rows, config, settings):
     lines = path.read_bytes().split(b"\n")[:-1]
     if len(lines) > len(rows):
         raise UserError(f"{path}: has {len(lines)} answers, --test_path {len(rows)} rows. {ELSEWHERE}")
-    return [_answer_in(text, row, f"{path}, line {i}") for i, (text, (row, *_)) in enumerate(zip(lines, rows), 1)]
+    return [_answer_in(text, row, f"{path}, line {i}") for i, (text, (_, row, *_)) in enumerate(zip(lines, rows), 1)]
 
 
 def check_output(path, test_path):

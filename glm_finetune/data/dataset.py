@@ -28,9 +28,8 @@ class InstructionDataset(Sequence):
     def __init__(self, path, settings, progress=False, cache_dir=None, overwrite_cache=False, window=None):
         """path: see `files.list_data_files`. settings: `samples.settings_of`.
 
-        cache_dir: prepare the samples there, or find them there (see `cache`); None: prepare them here, in memory, in
-        this process. progress: show a bar while that is done. window: prepare nothing, render a row when it is asked
-        for, best in windows of so many consecutive rows (see `stream`).
+        cache_dir: where the samples are prepared, or found (see `cache`); None: in memory, by this process. progress:
+        show a bar meanwhile. window: render a row when it is asked for, best in windows of so many (see `stream`).
         Raises UserError for a bad row (file, line, field), or if no row is left; with a window when it is its turn.
         """
         self.data_files = list_data_files(path)

@@ -23,8 +23,9 @@ class DataFlags(Flags):
     max_src_len: int = flag("tokens of what stands before an answer; more are cut (--truncation)", 256, POSITIVE)
     is_skip: bool = flag("leave out samples that do not fit instead of cutting them", False)
     truncation: str = flag(
-        "what of a long question is cut: its tail (as ChatGLM-Finetuning), head (the oldest rounds first) or middle; "
-        "or drop (leave the sample out, as --is_skip), error (stop)",
+        "what of a long question is cut: its tail (as ChatGLM-Finetuning), head (the oldest rounds first) or middle "
+        "(where roles alone are too many tokens, the oldest rounds go in any case); or drop (leave the "
+        "sample out, as --is_skip), error (stop)",
         "tail",
         ("tail", "head", "middle", "drop", "error"),
     )

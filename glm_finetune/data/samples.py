@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from glm_finetune.data.files import Unreadable, list_data_files
 from glm_finetune.data.formats import NUM_DETECTED, detect, named, parse_columns, renamed
-from glm_finetune.errors import UserError
+from glm_finetune.errors import UserError, naming
 from glm_finetune.modes.spec import TRUNCATIONS, Limits
 from glm_finetune.modes.template import Template, remembering
 
@@ -44,10 +44,10 @@ def settings_of(config, mode, tokenizer, drafts=Template.drafts):
     Raises UserError for lengths that leave no room and names that no format has.
     """
     check_limits(config.max_len, config.max_src_len, mode.template, min_room=1)
-    cuts = config.truncation in TRUNCATIONS
-    way, too_long = (config.truncation, "cut") if cuts else ("tail", config.truncation)
+    too_long = "drop" if config.is_skip else "cut" if config.truncation in TRUNCATIONS else config.truncation
+    way = config.truncation if too_long == "cut" else None
     limits = Limits(config.max_len, config.max_src_len, way, config.end_cut_answers)
-    options = config.template, config.train_on, "drop" if config.is_skip else too_long
+    options = config.template, config.train_on, too_long
     known = format_settings(config)
     return Settings(mode.template, tokenizer, limits, *options, **known, on_bad_row=config.on_bad_row, drafts=drafts)
 
@@ -83,10 +83,8 @@ def of_file(data_file, settings, needs_answer=True):
     """The settings with the format of a file, told from its first rows. Raises UserError naming the file."""
     if settings.data_format is None:
         rows = first_rows(data_file, settings)
-        try:
+        with naming(data_file.where(rows[0][0])):
             file_format = detect([renamed(row, settings.columns) for _, row in rows], needs_answer)
-        except UserError as error:
-            raise UserError(f"{data_file.where(rows[0][0])}: {error}") from None
         settings = replace(settings, data_format=file_format.name)
     if settings.prompt_text and not named(settings.data_format).takes_prompt:
         raise UserError(
@@ -153,10 +151,8 @@ def _refuse_cut(rendered):
 
 def prepare_row(where, row, settings):
     """The samples of a row -> list of Rendered. Raises UserError naming `where`, as `drafts_in` and `fitted`."""
-    try:
+    with naming(where):
         return fitted(drafts_in(row, settings), settings, remembering(settings.tokenizer))
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
 
 
 def _as_json(row, where):
@@ -170,7 +166,7 @@ def _as_json(row, where):
 
 
 def read_questions(config, trained_prompt=None):
-    """Yield (row, messages up to the last answer, that answer or None) of --test_path. config: PredictConfig.
+    """Yield (where, row, messages up to the last answer, that answer or None) of --test_path. config: PredictConfig.
 
     trained_prompt: the --prompt_text of the training, used where the format takes one and config has none.
     Raises UserError naming the place of a bad row.
@@ -184,12 +180,13 @@ def read_questions(config, trained_prompt=None):
             name = f"{data_file.path}:{float(data_file.weight):g}"
             raise UserError(f"--test_path {name}: answers need no weight. Leave it out.")
         for number, row in data_file.rows():
-            try:
+            where = data_file.where(number)
+            with naming(where):
                 messages = messages_in(row, known, needs_answer=False)
-            except UserError as error:
-                raise UserError(f"{data_file.where(number)}: {error}") from None
+                if "prediction" in row:
+                    raise UserError("its answer would take the place of the field 'prediction'. Rename that.")
             asked = len(messages)
             while asked and messages[asked - 1]["role"] == "assistant":
                 asked -= 1
             answer = messages[-1]["content"] if asked < len(messages) else None
-            yield _as_json(row, data_file.where(number)), messages[:asked], answer
+            yield where, _as_json(row, where), messages[:asked], answer

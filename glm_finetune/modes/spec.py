@@ -14,13 +14,14 @@ class Limits:
     """Lengths in tokens, and what is cut to keep them. The defaults are ChatGLM-Finetuning's behaviour.
 
     max_len: a whole sample. max_src_len: what stands before an answer. truncation: the part of it that is cut; "head"
-    forgets the oldest rounds of a conversation first. end_cut_answers: an answer that was cut ends in the end token
-    all the same, which teaches the model to stop in the middle of a sentence.
+    forgets the oldest rounds of a conversation first, the others where cutting alone cannot make it fit; None: samples
+    that do not fit are marked as cut and left as they are. end_cut_answers: an answer that was cut ends in the end
+    token all the same, which teaches the model to stop in the middle of a sentence.
     """
 
     max_len: int
     max_src_len: int
-    truncation: str = "tail"
+    truncation: str | None = "tail"
     end_cut_answers: bool = True
 
 

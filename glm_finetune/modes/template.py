@@ -170,14 +170,24 @@ class Template:
         ids = encode(draft.parts)
         if self._fits(draft, ids, limits):
             return Rendered(draft, ids)
-        question_cut = num_tokens(draft, ids)[0] > limits.max_src_len
-        if question_cut and limits.truncation == "head":
-            for messages, trained in newest_rounds(draft.messages, draft.trained):
-                draft = self.draft(tokenizer, messages, style, trained)
-                ids = encode(draft.parts)
-                if num_tokens(draft, ids)[0] <= limits.max_src_len:
-                    break
+        question, answer = num_tokens(draft, ids)
+        question_cut = question > limits.max_src_len
+        if not limits.truncation:
+            room = limits.max_len - self.overhead - min(question, limits.max_src_len)
+            return Rendered(draft, ids, question_cut, answer > room)
+        rounds = newest_rounds(draft.messages, draft.trained)
+        while self._least(draft, ids, limits) > limits.max_src_len and (newer := next(rounds, None)):
+            draft = self.draft(tokenizer, newer[0], style, newer[1])
+            ids = encode(draft.parts)
         return self._cut(draft, ids, limits, question_cut)
+
+    def _least(self, draft, ids, limits):
+        """Tokens of a question before its oldest round is forgotten: all, or what cannot be cut out of it."""
+        if limits.truncation == "head":
+            return num_tokens(draft, ids)[0]
+        lengths = zip(draft.kinds, draft.parts, map(len, ids))
+        tail = self.question_tail
+        return sum(min(n, tail) if isinstance(part, str) else n for kind, part, n in lengths if kind == QUESTION)
 
     def _cut(self, draft, ids, limits, question_cut):
         """The draft without the tokens that limits leave no room for."""
@@ -191,11 +201,9 @@ class Template:
         free, num_question = np.flatnonzero(asks & is_text & (num_behind >= self.question_tail)), int(asks.sum())
         excess = max(0, num_question - limits.max_src_len)
         if excess > len(free):
-            forget = ", or use --truncation head, which forgets the oldest rounds"
-            raise UserError(
-                f"its role tokens alone are more than --max_src_len {limits.max_src_len} (what --max_length leaves, in "
-                f"prediction): raise it{forget if limits.truncation != 'head' else ''}."
-            )
+            fixed = f"{num_question - len(free)} tokens before its answer cannot be cut (roles, names of tools)"
+            allowed = f"--max_src_len (in prediction what --max_length leaves) allows {limits.max_src_len}"
+            raise UserError(f"{fixed}; {allowed}. Raise it.")
         start = {"tail": len(free) - excess, "head": 0, "middle": (len(free) - excess) // 2}[limits.truncation]
         room = max(0, limits.max_len - self.overhead - num_question + excess)
         stays = np.ones(len(kinds), np.bool_)

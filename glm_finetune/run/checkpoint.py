@@ -6,6 +6,7 @@ It is written under a temporary name and renamed when complete.
 import math
 import os
 import shutil
+import sys
 from itertools import chain
 from pathlib import Path
 from threading import Thread
@@ -96,6 +97,8 @@ class Saver:
             self._write(*parts)
         except Exception as error:  # what nobody expected must not end with the thread: `wait` raises it
             self.problem = error
+        if self.problem:  # now: a run that ends for another reason may never come to `wait`
+            print(f"\n{self.problem}", file=sys.stderr, flush=True)
 
     def _write(self, target, weights, tensors, randoms, numbers, record):
         temporary = target.with_name(TEMPORARY + target.name)

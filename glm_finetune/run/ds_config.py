@@ -4,11 +4,10 @@ The file owns the memory strategy (`zero_optimization`), the flags own the numbe
 the flag says; "auto" is filled in.
 """
 
-import difflib
 import json
 from pathlib import Path
 
-from glm_finetune.errors import UserError, raise_together
+from glm_finetune.errors import UserError, did_you_mean, raise_together
 from glm_finetune.weights import read_json
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
@@ -33,8 +32,9 @@ def read_ds_file(name):
     """The object in a DeepSpeed file: a path, or a bare name in ds_configs/. Raises UserError naming the file."""
     path = Path(name) if Path(name).is_file() or Path(name).name != name else FOLDER / name
     if not path.is_file():
-        shipped = ", ".join(sorted(shipped.name for shipped in FOLDER.glob("*.json")))
-        raise UserError(f"--ds_file {name}: no such file. Shipped in ds_configs/: {shipped}.")
+        shipped = sorted(shipped.name for shipped in FOLDER.glob("*.json"))
+        hint = did_you_mean(name, shipped)
+        raise UserError(f"--ds_file {name}: no such file. Shipped in ds_configs/: {', '.join(shipped)}.{hint}")
     value = read_json(path)
     raise_together(_malformed(value))
     return value
@@ -72,10 +72,9 @@ def resolve(ds_json, config, world_size, precision, device_type, learns_in_fp32=
     in_bf16 = precision == "bf16" and not learns_in_fp32
     zero, sums = _sums({**zero, "stage": max(1, zero["stage"])}, ds_json.get("data_types", {}), in_bf16)
     if device_type == "cpu":  # pinned memory and overlapping streams would have to be compiled first, and serve cards
-        offloads = {key: zero[key] | {"pin_memory": False} for key in SUBSECTIONS["zero_optimization"] if key in zero}
-        zero = zero | offloads
+        zero |= {key: zero[key] | {"pin_memory": False} for key in SUBSECTIONS["zero_optimization"] if key in zero}
     if device_type == "cpu" or world_size == 1:  # nothing to overlap with: it would wait after every micro-batch
-        zero = zero | {"overlap_comm": False}
+        zero |= {"overlap_comm": False}
     return {
         **{key: ds_json[key] for key in PASSED_ON if key in ds_json},
         **numbers,
@@ -117,8 +116,7 @@ def _contradictions(ds_json, numbers, adamw, precision):
 
 
 def _unknown_key(key):
-    near = difflib.get_close_matches(key, KNOWN, 1)
-    return f"ds_file: unknown key {key!r}." + (f" Did you mean {near[0]!r}?" if near else "")
+    return f"ds_file: unknown key {key!r}.{did_you_mean(key, KNOWN)}"
 
 
 def _other_sections(ds_json, adamw, precision):

@@ -102,7 +102,7 @@ class Hold:
         """path: a Path. Raises BlockingIOError while another run has it."""
         self.path, self.made = path, not path.exists()
         path.mkdir(parents=True, exist_ok=True)
-        self.file = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held as long as the run)
+        self.file = open(os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666), "r+")  # noqa: SIM115 (the run's)
         fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(self.file.fileno()).st_nlink == 0:
             raise BlockingIOError("another run has given it back since it was opened: it has no name any more")
@@ -129,19 +129,17 @@ def lock(output_dir, overwrite=True, inputs=()):
 
     Removes what a killed run was still writing or deleting. Raises UserError if another run holds it.
     """
-    check_output_dir(output_dir, overwrite, inputs)
     try:
         with ExitStack() as refused:
             hold = _take(Path(output_dir))
             refused.callback(hold.give_back)
-            check_output_dir(output_dir, overwrite, inputs)  # the run that had it may have left something
+            check_output_dir(output_dir, overwrite, inputs)  # now: the run that had it may have left something
             for path in Path(output_dir).glob(TEMPORARY + "*"):
                 if re.fullmatch(TEMPORARY + CHECKPOINT, path.name):  # not what merge_lora.py may be writing
                     shutil.rmtree(path)
             refused.pop_all()
     except OSError as error:  # a file system without locks, for one
-        text = f"--output_dir {output_dir}: cannot be written to or locked ({error}). Choose another folder."
-        raise UserError(text) from None
+        raise UserError(f"--output_dir {output_dir}: cannot be written or locked ({error}). Choose another.") from None
     return hold
 
 

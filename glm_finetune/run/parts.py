@@ -35,17 +35,17 @@ def with_defaults(config, train_type):
     return replace(config, learning_rate=rate, given=config.given)
 
 
-def output_folder(config):
-    """(output_dir, whether results in it may go, inputs that must not be among them), see `folder.lock`."""
-    inputs = () if config.resume else (config.model_name_or_path, *paths_of(config.train_path, config.eval_path))
-    return config.output_dir, config.overwrite_output_dir or config.resume, inputs
+def output_folder(config, begins):
+    """Arguments of `folder.lock`. begins: whether the run begins anew there; else nothing in it goes."""
+    inputs = (config.model_name_or_path, *paths_of(config.train_path, config.eval_path)) if begins else ()
+    return config.output_dir, config.overwrite_output_dir or config.resume == "auto" or not begins, inputs
 
 
 def settle(config):
     """{name: part} of what follows from flags and machine alone."""
     mode, train_type = choose(config)
     config = with_defaults(config, train_type)
-    folder.check_output_dir(*output_folder(config))
+    folder.check_output_dir(*output_folder(config, not config.resume))
     dist.launch_environment()
     (_, world_size), device = dist.launched(), dist.choose_device(config.device, config.cudnn_attention)
     ds_json = read_ds_file(config.ds_file)

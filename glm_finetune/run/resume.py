@@ -10,7 +10,8 @@ from glm_finetune.errors import UserError
 from glm_finetune.record import FORMAT_VERSION, SAMPLES, read_record
 from glm_finetune.run import state
 from glm_finetune.run.checkpoint import damage
-from glm_finetune.run.folder import checkpoints, step_of
+from glm_finetune.run.folder import check_output_dir, checkpoints, step_of
+from glm_finetune.run.parts import output_folder
 
 
 def find_resume(resume, output_dir):
@@ -52,7 +53,14 @@ def _choose(config, record):
             behind = f"{folder} has {done} steps behind it already"
             raise UserError(f"--max_steps {config.max_steps}: {behind}. Raise it, or leave out.")
     _check_others(folder, config)
+    if begins_anew(folder, config.output_dir):  # what is there will be deleted
+        check_output_dir(*output_folder(config, begins=True))
     return folder
+
+
+def begins_anew(resumed_from, output_dir):
+    """Whether what output_dir holds is of another run than one that goes on from `resumed_from` (None: from none)."""
+    return not resumed_from or resumed_from.resolve().parent != Path(output_dir).resolve()
 
 
 def _unfit(folder):
@@ -88,8 +96,8 @@ def _check_others(folder, config):
         remedy = "Choose another folder, or add --overwrite_output_dir to delete them and begin anew."
         raise UserError(f"--resume auto: no checkpoint in {config.output_dir} is whole. {remedy}")
     if config.resume != "auto":
-        inside = folder.resolve().parent == Path(config.output_dir).resolve()
-        if others := [path.name for path in found if not inside or step_of(path) > step_of(folder)]:
+        anew = begins_anew(folder, config.output_dir)
+        if others := [path.name for path in found if anew or step_of(path) > step_of(folder)]:
             holds = f"--output_dir {config.output_dir} holds {', '.join(others[:5])}, of another continuation"
             remedy = "Go on from those with --resume auto, choose another folder, or move them away."
             raise UserError(f"--resume {folder}: {holds}. {remedy}")

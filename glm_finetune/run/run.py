@@ -89,7 +89,7 @@ def assemble(known):
     engine.check(known["ds_config"])
     record = train_record(config, known["train_type"], tokenizer, dist.world_size())
     with ExitStack() as refused:  # a run that does not begin leaves the folder as it was
-        if hold := dist.on_main(folder.lock, *output_folder(config)):
+        if hold := dist.on_main(folder.lock, *output_folder(config, not config.resume)):
             refused.callback(hold.give_back)
         resumed_from = resume.choose_resume(config, record) if config.resume else None
         progress, best = state.progress_in(resumed_from) if resumed_from else (Progress(), None)
@@ -104,8 +104,9 @@ def assemble(known):
             state.restore(ds_engine, resumed_from, nothing, config.seed, device)
         refused.pop_all()
     if not resumed_from:
-        folder.clear(config.output_dir)
         dist.seed_all(config.seed + dist.rank())  # dropout differs between ranks
+    if resume.begins_anew(resumed_from, config.output_dir):
+        folder.clear(config.output_dir)
     run = Run(**known, **data, hold=hold, resumed_from=resumed_from, progress=progress, total_steps=total_steps)
     run.engine, run.step = ds_engine, partial(engine.accumulate, ds_engine, run.objective)
     run.guard = Guard(ds_engine, config, run.train_type, run.rows.where)

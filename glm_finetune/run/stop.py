@@ -13,7 +13,8 @@ the launcher     ends with 143 at once and tells nobody; the ranks     passes it
 A launcher that passes the signal on, or that sees a rank end, kills what is left after 30 seconds; ranks that get it
 from elsewhere have the time they need. Asked before the first step a rank ends at once by the signal. So a script that
 wants the 75 signals the ranks (run_scripts/glm3_lora_preemptible_1card.sh); one that cannot starts again with --resume
-auto until the code is 0. Ctrl-C reaches launcher and ranks: the run saves and ends; pressed again it ends at once.
+auto until the code is 0. Ctrl-C reaches launcher and ranks: the run saves and ends; pressed again it ends at once,
+under a launcher, which repeats the first one, after REPEAT_SECS.
 """
 
 import os
@@ -31,10 +32,11 @@ class StopRequest:
 
     def __init__(self):
         self.signalled, self.launchers = None, _launchers()
+        self.repeats_secs = REPEAT_SECS if self.launchers or "TORCHELASTIC_RUN_ID" in os.environ else 0
 
     def note(self, signum, frame):
-        """The first signal asks; Ctrl-C some time later, for a launcher repeats it, ends the process at once."""
-        if signum == signal.SIGINT and self.signalled and time.monotonic() - self.signalled > REPEAT_SECS:
+        """The first signal asks; another Ctrl-C, that no launcher repeats, ends the process at once."""
+        if signum == signal.SIGINT and self.signalled and time.monotonic() - self.signalled >= self.repeats_secs:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
         self.signalled = self.signalled or time.monotonic()

@@ -6,7 +6,7 @@ from collections import Counter
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
-from glm_finetune.errors import UserError
+from glm_finetune.errors import UserError, did_you_mean
 from glm_finetune.weights import full_shape
 
 ALL_LINEAR = "all-linear"
@@ -72,7 +72,8 @@ def check_modules(model, names):
         found = [module for name, module in modules.items() if name == wanted or name.endswith("." + wanted)]
         if not found:
             shown = sorted(name for name in last_names(modules) if not name.isdecimal())
-            raise UserError(f"--modules_to_save: no module is called {wanted}. There are: {', '.join(shown[1:])}.")
+            there = f"There are: {', '.join(shown[1:])}.{did_you_mean(wanted, shown)}"
+            raise UserError(f"--modules_to_save: no module is called {wanted}. {there}")
         if any(uses[id(weight)] > 1 for module in found for weight in module.parameters()):
             raise UserError(
                 f"--modules_to_save: {wanted} shares its weight with another module of this model (embedding and "
@@ -100,5 +101,6 @@ def check_targets(model, targets):
 def _no_layer(unmatched, matrices):
     if ALL_LINEAR in unmatched:
         return UserError(f"--lora_module_name: {ALL_LINEAR} stands alone; leave the other names out.")
-    linear, unknown = ", ".join(sorted(last_names(matrices))), ", ".join(unmatched)
-    return UserError(f"--lora_module_name: no layer is called {unknown}. Layers that take LoRA: {linear}.")
+    linear, unknown = sorted(last_names(matrices)), ", ".join(unmatched)
+    there = f"Layers that take LoRA: {', '.join(linear)}.{did_you_mean(unmatched[0], linear)}"
+    return UserError(f"--lora_module_name: no layer is called {unknown}. {there}")
