@@ -329,8 +329,7 @@ def test_settings_are_those_of_the_flags_and_travel_to_other_processes(checkpoin
 @every_sample
 def test_questions_for_prediction_are_the_rows_up_to_the_last_answer(path):
     config = parse(PredictConfig, ["--test_path", str(path)])
-    found = list(read_questions(config))
-    form = detect(rows_in(path))
+    form, found = detect(rows_in(path)), list(read_questions(config))
     for (_, row, messages, answer), original in zip(found, rows_in(path), strict=True):
         assert row == original
         if form.name == "text":
@@ -352,9 +351,9 @@ def test_questions_for_prediction_are_the_rows_up_to_the_last_answer(path):
     ],
 )
 def test_questions_need_no_answer(row, tmp_path):
-    path = write(tmp_path / "a.jsonl", jsonl([row]))
-    config = parse(PredictConfig, ["--test_path", str(path)])
-    assert list(read_questions(config)) == [(f"{path}, line 1", row, [{"role": "user", "content": "q"}], None)]
+    path = str(write(tmp_path / "a.jsonl", jsonl([row])))
+    (found,) = read_questions(parse(PredictConfig, ["--test_path", path]))
+    assert found == (f"{path}, line 1", row, [{"role": "user", "content": "q"}], None)
 
 
 @every_mode
