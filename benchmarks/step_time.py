@@ -35,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 from glm_finetune import MODE  # noqa: E402 (the repository is not installed)
 from glm_finetune.data.dataset import collate  # noqa: E402
 from glm_finetune.errors import UserError  # noqa: E402
+from glm_finetune.models.again import Lean  # noqa: E402
 from glm_finetune.models.network import enable_checkpointing  # noqa: E402
 from glm_finetune.tuning.lora import add_lora  # noqa: E402
 
@@ -163,12 +164,21 @@ def equal_pair(case):
     return models, error
 
 
+def adapted(side, model, rank, dropout):
+    """LoRA on all linear layers; theirs with peft's own layers, as it comes."""
+    model = add_lora(model, rank, 2 * rank, dropout, LORA_TARGETS[side], "random")
+    for part in model.modules() if side == "theirs" else ():
+        if isinstance(part, Lean):
+            part.lean = False
+    return model
+
+
 def new_trainee(side, case, model):
     """LoRA on `model`, its optimizer and its batch."""
     if case.checkpointing:
         enable_checkpointing(model)
     # peft keeps fp32 adapters beside a 16-bit base; DeepSpeed trains them in the base's dtype, so here both sides do.
-    model = add_lora(model, 8, 16, 0.0, LORA_TARGETS[side], "random").to(case.dtype).train()
+    model = adapted(side, model, 8, 0.0).to(case.dtype).train()
     return model, torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4), new_batch(side, case)
 
 

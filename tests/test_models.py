@@ -151,7 +151,7 @@ def test_causal_modes_build_no_mask_for_padding_on_the_right(mode, checkpoints, 
     seen = []
     attend = layers.attend
     monkeypatch.setattr(
-        f"{MODE[mode].model.__module__}.attend", lambda q, k, v, mask: seen.append(mask) or attend(q, k, v, mask)
+        f"{MODE[mode].model.__module__}.attend", lambda q, k, v, mask, *_: seen.append(mask) or attend(q, k, v, mask)
     )
     load(mode, checkpoints)(**batch_of(rows[:4], mode, tokenizer))
     assert seen and all(mask is None for mask in seen)
@@ -165,7 +165,7 @@ def test_a_mask_is_built_in_generation_only_where_a_row_is_padded(num_rows, mode
     prompts = [chat_ids(MODE[mode], tokenizer, text, []) for text in texts]
     expected = generate(model, tokenizer, MODE[mode], prompts, [6] * num_rows)
     monkeypatch.setattr(
-        f"{MODE[mode].model.__module__}.attend", lambda q, k, v, mask: seen.append(mask) or attend(q, k, v, mask)
+        f"{MODE[mode].model.__module__}.attend", lambda q, k, v, mask, *_: seen.append(mask) or attend(q, k, v, mask)
     )
     assert generate(model, tokenizer, MODE[mode], prompts, [6] * num_rows) == expected
     assert len(seen) == 6 * model.config.num_layers
@@ -298,7 +298,7 @@ def test_a_mask_becomes_what_is_added_to_the_scores_once_for_all_layers(checkpoi
     rows, tokenizer = dataset("glm", checkpoints, data_file)
     attend, seen = layers.attend, []
     monkeypatch.setattr(
-        "glm_finetune.models.glm.attend", lambda q, k, v, mask: seen.append(mask) or attend(q, k, v, mask)
+        "glm_finetune.models.glm.attend", lambda q, k, v, mask, *_: seen.append(mask) or attend(q, k, v, mask)
     )
     load("glm", checkpoints)(**batch_of(rows[:4], "glm", tokenizer))
     assert len(seen) > 1 and all(mask is seen[0] for mask in seen) and seen[0].dtype == torch.float32

@@ -24,6 +24,7 @@ from tests.tiny import DATA, make_checkpoint
 OLD = Path(__file__).parent / "fixtures/old_checkpoint"
 RANKS = {"lora": 2, "all": 1}
 STOPPED = "epoch-1-step-2"
+WAYS = {name: (name, ()) for name in RANKS} | {"lora, plain": ("lora", ("--lean", "False"))}  # as the old code computed
 NUMBERS = ("step", "epoch", "loss", "lr", "grad_norm")  # of a line, without time and memory
 
 
@@ -45,17 +46,17 @@ def weights_in(folder):
     return load_file(next(folder.glob("*model.safetensors")))
 
 
-@pytest.fixture(scope="module", params=RANKS)
+@pytest.fixture(scope="module", params=WAYS)
 def runs(request, tmp_path_factory):
     """(train type, folder of a run made whole here, folder of one that goes on from the old checkpoint)."""
-    train_type, folders = request.param, []
+    (train_type, way), folders = WAYS[request.param], []
     for name, more in (("whole", ()), ("resumed", ("--resume", "auto"))):
         folder = tmp_path_factory.mktemp(name)
         shutil.copytree(OLD / "base", folder / "base")
         shutil.copyfile(OLD / "data.jsonl", folder / "data.jsonl")
         if more:
             shutil.copytree(OLD / train_type / "out", folder / "out")
-        printed = run_ranks(train_in, RANKS[train_type], folder, train_type, *more)[0]
+        printed = run_ranks(train_in, RANKS[train_type], folder, train_type, *more, *way)[0]
         assert ("resumed from" in printed) == bool(more)
         folders.append(folder)
     return train_type, *folders
@@ -84,7 +85,9 @@ def test_a_run_begun_now_has_the_numbers_of_the_old_code(runs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("runs", ["lora"], indirect=True)  # a head that learns sums its gradient in another order now
+@pytest.mark.parametrize(
+    "runs", ["lora, plain"], indirect=True
+)  # a head that learns sums its gradient in another order now
 def test_going_on_from_the_old_checkpoint_is_bit_equal_to_a_whole_run_of_the_new_code(runs):
     train_type, whole, resumed = runs
     state = f"out/{STOPPED}/state/model.safetensors"

@@ -226,7 +226,7 @@ def test_causal_modes_build_no_mask_and_no_product_wider_than_a_sample(
     _, packed = batches(mode, samples, 10**4)
     longest, shapes, attend = packed["segment_bounds"].diff().max(), [], layers.attend
 
-    def spy(query, key, value, mask):
+    def spy(query, key, value, mask, again):
         assert mask is None
         shapes.append((query.shape[2], key.shape[2]))
         return attend(query, key, value, mask)

@@ -11,6 +11,7 @@ V vocabulary, L layers.
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,8 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from glm_finetune.errors import UserError
-from glm_finetune.models.layers import LanguageModelHead, attend, rotary_angles, visible
+from glm_finetune.models.again import Lean, made_again
+from glm_finetune.models.layers import LanguageModelHead, at, attend, for_attention, rotary_angles, visible
 from glm_finetune.models.network import Network
 from glm_finetune.models.original import OriginalConfig
 from glm_finetune.models.prefixes import new_prefix
@@ -113,10 +115,10 @@ def inverse_frequencies(head_size, device=None):
 def rotate(x, cos, sin):
     """Rotate the first half of each head by the first position and the second half by the second.
 
-    x: (B, H, T, E); cos, sin: (B, 1, T, 2, E / 4) in the dtype of x. Within a half, dimension i pairs with i + E / 4.
+    x: (B, T, H, E); cos, sin: (B, T, 1, 2, E / 4) in the dtype of x. Within a half, dimension i pairs with i + E / 4.
     """
     # E = 8, dimensions 0 .. 7: the first position turns the pairs (0, 2) (1, 3), the second (4, 6) (5, 7)
-    x = x.unflatten(-1, (2, 2, -1))  # (B, H, T, position, half, E / 4)
+    x = x.unflatten(-1, (2, 2, -1))  # (B, T, H, position, half, E / 4)
     low, high = x[..., 0, :], x[..., 1, :]
     return torch.stack((low * cos - high * sin, high * cos + low * sin), -2).flatten(-3)
 
@@ -129,16 +131,19 @@ class SelfAttention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden, mask, cos, sin, prefix, cache):
+    def forward(self, hidden, mask, cos, sin, prefix, cache, again, rows):
         qkv = self.query_key_value(hidden).unflatten(-1, (self.num_heads, -1))  # (B, T, H, 3E): q|k|v in each head
-        query, key, value = qkv.transpose(1, 2).chunk(3, -1)  # (B, H, T, E)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query, key, value = qkv.chunk(3, -1)  # (B, T, H, E)
+        query, key, value = for_attention(rotate(query, cos, sin), rotate(key, cos, sin), value)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_index)
         if prefix is not None:
             key, value = torch.cat((prefix[0], key), 2), torch.cat((prefix[1], value), 2)  # (B, H, P + S, E)
         # The original divides scores by (layer + 1), multiplies them again in fp32: here the kernel keeps fp32 anyway.
-        return self.dense(attend(query, key, value, mask))
+        return self.dense(at(rows, attend(query, key, value, mask, again)))
+
+
+gelu = partial(F.gelu, approximate="tanh")
 
 
 class MLP(nn.Module):
@@ -147,11 +152,11 @@ class MLP(nn.Module):
         self.dense_h_to_4h = nn.Linear(config.hidden_size, config.inner_hidden_size)
         self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
 
-    def forward(self, hidden):
-        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden), approximate="tanh"))
+    def forward(self, hidden, again):
+        return self.dense_4h_to_h(again(gelu, self.dense_h_to_4h(hidden)))
 
 
-class GLMBlock(GradientCheckpointingLayer):
+class GLMBlock(Lean, GradientCheckpointingLayer):
     """Two sub-layers whose residual is the scaled output of their own layer norm, not the stream itself."""
 
     def __init__(self, config, layer_index):
@@ -161,12 +166,16 @@ class GLMBlock(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, hidden, mask, cos, sin, prefix=None, cache=None):
-        """hidden: (B, T, D) -> (B, T, D). cos, sin: (B, 1, T, 2, E / 4). prefix: (key, value), each (B, H, P, E)."""
-        normed = self.input_layernorm(hidden)
-        hidden = RESIDUAL_SCALE * normed + self.attention(normed, mask, cos, sin, prefix, cache)
-        normed = self.post_attention_layernorm(hidden)
-        return RESIDUAL_SCALE * normed + self.mlp(normed)
+    def forward(self, hidden, mask, cos, sin, prefix=None, cache=None, rows=None):
+        """hidden: (B, T, D) -> (B, T, D), or at `rows` only, see `layers.at`. cos, sin: (B, T, 1, 2, E / 4). prefix:
+        (key, value), each (B, H, P, E).
+        """
+        with made_again(self.lean and not self.gradient_checkpointing) as again:
+            normed = self.input_layernorm(hidden)
+            attended = self.attention(normed, mask, cos, sin, prefix, cache, again, rows)
+            hidden = RESIDUAL_SCALE * at(rows, normed) + attended
+            normed = self.post_attention_layernorm(hidden)
+            return RESIDUAL_SCALE * normed + self.mlp(normed, again)
 
 
 class ChatGLMModel(nn.Module):

@@ -14,7 +14,17 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from glm_finetune.models.layers import LanguageModelHead, Segments, attend, rotary_angles, visible
+from glm_finetune.models.again import Lean, made_again
+from glm_finetune.models.layers import (
+    LanguageModelHead,
+    RMSNorm,
+    Segments,
+    at,
+    attend,
+    for_attention,
+    rotary_angles,
+    visible,
+)
 from glm_finetune.models.network import Network
 from glm_finetune.models.original import OriginalConfig
 from glm_finetune.models.prefixes import new_prefix
@@ -57,7 +67,7 @@ class ChatGLM2Config(OriginalConfig):
 
 
 def new_norm(config):
-    norm = nn.RMSNorm if config.rmsnorm else nn.LayerNorm  # fp32 inside; of x, RMSNorm keeps no fp32 copy
+    norm = RMSNorm if config.rmsnorm else nn.LayerNorm  # fp32 inside
     return norm(config.hidden_size, eps=config.layernorm_epsilon)
 
 
@@ -70,12 +80,12 @@ def inverse_frequencies(kv_channels, device=None):
 def rotate(x, cos, sin):
     """Rotate the first half of each head in interleaved pairs (x0, x1), (x2, x3), ...; the second half passes through.
 
-    x: (B, heads, T, E); cos, sin: (B, 1, T, E / 4) in the dtype of x.
+    x: (B, T, heads, E); cos, sin: (B, T, 1, E / 4) in the dtype of x.
     """
     # E = 8, dimensions 0 .. 7: the pairs (0, 1) and (2, 3) turn, 4 .. 7 pass through
     rotated, rest = x.chunk(2, -1)
-    even, odd = rotated[..., 0::2], rotated[..., 1::2]  # (B, heads, T, E / 4)
-    pairs = torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1)  # (B, heads, T, E / 4, 2)
+    even, odd = rotated[..., 0::2], rotated[..., 1::2]  # (B, T, heads, E / 4)
+    pairs = torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1)  # (B, T, heads, E / 4, 2)
     return torch.cat((pairs.flatten(-2), rest), -1)
 
 
@@ -91,22 +101,20 @@ class SelfAttention(nn.Module):
         self.dense = nn.Linear(size, config.hidden_size, bias=config.add_bias_linear)
 
     def split(self, qkv):
-        """qkv: (B, T, (H + 2K) * E) -> query (B, H, T, E), key and value (B, K, T, E)."""
+        """qkv: (B, T, (H + 2K) * E) -> query (B, T, H, E), key and value (B, T, K, E)."""
         if self.interleaved:
-            parts = qkv.unflatten(-1, (self.num_heads, 3 * self.head_size)).chunk(3, -1)
-        else:
-            sizes = [heads * self.head_size for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
-            parts = [part.unflatten(-1, (-1, self.head_size)) for part in qkv.split(sizes, -1)]
-        return [part.transpose(1, 2) for part in parts]
+            return qkv.unflatten(-1, (self.num_heads, 3 * self.head_size)).chunk(3, -1)
+        sizes = [heads * self.head_size for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
+        return [part.unflatten(-1, (-1, self.head_size)) for part in qkv.split(sizes, -1)]
 
-    def forward(self, hidden, mask, cos, sin, prefix, cache):
+    def forward(self, hidden, mask, cos, sin, prefix, cache, again, rows):
         query, key, value = self.split(self.query_key_value(hidden))
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query, key, value = for_attention(rotate(query, cos, sin), rotate(key, cos, sin), value)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_index)
         if prefix is not None:
             key, value = torch.cat((prefix[0], key), 2), torch.cat((prefix[1], value), 2)  # (B, K, P + S, E)
-        return self.dense(attend(query, key, value, mask))
+        return self.dense(at(rows, attend(query, key, value, mask, again)))
 
 
 class MLP(nn.Module):
@@ -117,12 +125,12 @@ class MLP(nn.Module):
         self.dense_h_to_4h = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=config.add_bias_linear)
         self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=config.add_bias_linear)
 
-    def forward(self, hidden):
+    def forward(self, hidden, again):
         gate, up = self.dense_h_to_4h(hidden).chunk(2, -1)  # (B, T, F) each
-        return self.dense_4h_to_h(F.silu(gate) * up)
+        return self.dense_4h_to_h(again(torch.mul, again(F.silu, gate), up))
 
 
-class GLMBlock(GradientCheckpointingLayer):
+class GLMBlock(Lean, GradientCheckpointingLayer):
     def __init__(self, config, layer_index):
         super().__init__()
         self.norm_is_residual = config.apply_residual_connection_post_layernorm
@@ -132,14 +140,17 @@ class GLMBlock(GradientCheckpointingLayer):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout) if config.hidden_dropout else nn.Identity()
 
-    def forward(self, hidden, mask, cos, sin, prefix=None, cache=None):
-        """hidden: (B, T, D) -> (B, T, D). cos, sin: (B, 1, T, E / 4). prefix: (key, value), each (B, K, P, E)."""
-        normed = self.input_layernorm(hidden)
-        residual = normed if self.norm_is_residual else hidden
-        hidden = residual + self.dropout(self.self_attention(normed, mask, cos, sin, prefix, cache))
-        normed = self.post_attention_layernorm(hidden)
-        residual = normed if self.norm_is_residual else hidden
-        return residual + self.dropout(self.mlp(normed))
+    def forward(self, hidden, mask, cos, sin, prefix=None, cache=None, rows=None):
+        """hidden: (B, T, D) -> (B, T, D), or at `rows` only, see `layers.at`. cos, sin: (B, T, 1, E / 4). prefix: (key,
+        value), each (B, K, P, E).
+        """
+        with made_again(self.lean and not self.gradient_checkpointing) as again:
+            normed = self.input_layernorm(hidden)
+            residual = at(rows, normed if self.norm_is_residual else hidden)
+            hidden = residual + self.dropout(self.self_attention(normed, mask, cos, sin, prefix, cache, again, rows))
+            normed = self.post_attention_layernorm(hidden)
+            residual = normed if self.norm_is_residual else hidden
+            return residual + self.dropout(self.mlp(normed, again))
 
 
 class ChatGLMModel(nn.Module):

@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
-from glm_finetune.models.loss import target_index, token_losses, wrapped_head_losses
+from glm_finetune.models.again import Lean, directly
+from glm_finetune.models.loss import token_losses, wrapped_head_losses
 
 VARLEN_ASKS_FOR_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 shares heads unasked
 
@@ -63,7 +64,14 @@ class Segments:
         return visible(ids, None, ids.shape[1])
 
 
-def attend(query, key, value, mask):
+def for_attention(query, key, value):
+    """(B, T, heads, E) -> (B, heads, T, E) views: tokens stay the outer dimension in memory, where attention leaves its
+    result as the next product reads it. value is copied: as a view it would make the backward pass keep all of q|k|v.
+    """
+    return query.transpose(1, 2), key.transpose(1, 2), value.contiguous().transpose(1, 2)
+
+
+def attend(query, key, value, mask, again=directly):
     """Scaled dot-product attention, scale 1 / sqrt(E).
 
     query: (B, H, T, E); key, value: (B, K, S, E), each kv head serving H / K consecutive query heads.
@@ -73,31 +81,31 @@ def attend(query, key, value, mask):
     Returns (B, T, H * E).
     """
     if isinstance(mask, Segments):
-        return attend_segments(query, key, value, mask.bounds, mask.longest)
+        return attend_segments(query, key, value, mask, again)
     num_groups, num_queries, num_keys = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
     causal = mask is None and num_queries == num_keys
     in_place = num_groups > 1 and mask is None and num_queries in (1, num_keys) and has_flash_attention(query)
     if num_groups > 1 and not in_place:
-        key, value = key.repeat_interleave(num_groups, 1), value.repeat_interleave(num_groups, 1)  # (B, H, S, E)
+        key, value = (again(torch.repeat_interleave, x, num_groups, 1) for x in (key, value))  # (B, H, S, E)
     if mask is None and 1 < num_queries < num_keys:  # after a cache or a prefix
         mask = causal_lower_right(num_queries, num_keys)
     out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, enable_gqa=in_place)  # (B, H, T, E)
     return out.transpose(1, 2).flatten(2)  # (B, T, H * E)
 
 
-def attend_segments(query, key, value, bounds, longest=None):
+def attend_segments(query, key, value, segments, again=directly):
     """`attend` with Segments: flash attention over all of them at once on cards that have it, else one after the other.
 
     query: (B, H, T, E); key, value: (B, K, P + T, E), the first P seen by every segment of their row.
     Either way memory and time are those of the samples alone, whatever the width of a row.
     """
     num_rows, _, num_tokens, _ = query.shape
-    num_shared = key.shape[2] - num_tokens
+    num_shared, bounds = key.shape[2] - num_tokens, segments.bounds
     query = query.transpose(1, 2).flatten(0, 1)  # (B * T, H, E)
     key, value = (lay_out(x, bounds, num_shared) for x in (key, value))  # (B * T + N * P, K, E)
     if has_flash_attention(query):
         key_bounds = bounds + num_shared * torch.arange(len(bounds), dtype=bounds.dtype, device=bounds.device)
-        longest = longest or num_tokens  # an upper bound: to look would cost a CPU-GPU sync
+        longest = segments.longest or num_tokens  # an upper bound: to look would cost a CPU-GPU sync
         sizes = longest, num_shared + longest
         shares_heads = {"enable_gqa": query.shape[1] != key.shape[1]} if VARLEN_ASKS_FOR_GQA else {}
         out = varlen_attn(
@@ -106,7 +114,7 @@ def attend_segments(query, key, value, bounds, longest=None):
         return out.flatten(1).unflatten(0, (num_rows, num_tokens))
     sizes = bounds.diff().tolist()  # CPU-GPU sync on a card without flash attention
     pieces = zip(query.split(sizes), *(x.split([size + num_shared for size in sizes]) for x in (key, value)))
-    outs = [attend(*(x.transpose(0, 1)[None] for x in piece), None) for piece in pieces]  # (1, t, H * E) each
+    outs = [attend(*(x.transpose(0, 1)[None] for x in piece), None, again) for piece in pieces]  # (1, t, H * E) each
     return torch.cat(outs, 1).view(num_rows, num_tokens, -1)
 
 
@@ -148,6 +156,30 @@ def rotary_angles(position_ids, inv_freq):
         return angles.cos(), angles.sin()
 
 
+class RMSNorm(Lean, nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight, in fp32 inside. On CPUs torch's own would keep three fp32 copies of x."""
+
+    def forward(self, x):
+        return _RMSNorm.apply(x, self.weight, self.eps) if self.lean and not x.is_cuda else super().forward(x)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        wide = x.float()
+        scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # (..., 1)
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        grad, normed = grad.float(), x.float() * scale
+        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        grad = grad * weight
+        return ((grad - normed * (grad * normed).mean(-1, keepdim=True)) * scale).to(x.dtype), grad_weight, None
+
+
 class LanguageModelHead(nn.Linear):
     """The output layer: logits, or (with `targets`) the losses of the target positions without keeping logits."""
 
@@ -156,13 +188,17 @@ class LanguageModelHead(nn.Linear):
         return super().forward(hidden) if targets is None else token_losses(hidden, self.weight, targets)
 
 
-def head_losses(hidden, head, labels, index=None):
+def at(rows, x):
+    """(B, T, D) -> (N, D), of its B * T rows only those in `rows`, (N,) int64; x itself for None."""
+    return x if rows is None else x.flatten(0, 1).index_select(0, rows)
+
+
+def head_losses(hidden, head, labels, index):
     """Cross-entropies of next-token prediction, (N,) fp32. Logits exist only at positions with a target.
 
-    hidden: (B, T, D), position t predicts labels[:, t + 1]. labels: (B, T) int64, -100 = not a target.
-    index: (N,) from `target_index(labels)`; left out, it is computed here (CPU-GPU sync).
+    hidden: (B, T, D), position t predicts labels[:, t + 1], or (N, D), at these positions already. labels: (B, T)
+    int64, -100 = not a target. index: (N,) of `target_index(labels)`.
     """
-    index = target_index(labels) if index is None else index
-    hidden, targets = hidden.flatten(0, 1)[index], labels.flatten()[index + 1]  # (N, D), (N,)
+    hidden, targets = at(index if hidden.dim() == 3 else None, hidden), labels.flatten()[index + 1]  # (N, D), (N,)
     has_losses = isinstance(head, LanguageModelHead)
     return head(hidden, targets) if has_losses else wrapped_head_losses(hidden, head, targets)

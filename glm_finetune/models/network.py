@@ -20,7 +20,9 @@ from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache
 from transformers.utils import ModelOutput
 
+from glm_finetune.models.again import Lean
 from glm_finetune.models.layers import added_to_scores, head_losses
+from glm_finetune.models.loss import target_index as target_index_of
 from glm_finetune.models.original import OriginalModel
 from glm_finetune.models.prefixes import prefix_keys_values, with_prefix_columns, with_prompt
 
@@ -65,6 +67,12 @@ class Network(OriginalModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
 
+    def set_lean(self, lean):
+        """Whether layers and adapters keep less for the backward pass and make it again, see `again`; the default."""
+        for part in self.modules():
+            if isinstance(part, Lean):
+                part.lean = lean
+
     def enable_input_require_grads(self):
         """Nothing: checkpointing (peft asks for it) needs none here, and it would carry the backward pass through all
         frozen layers below the lowest that learns.
@@ -85,17 +93,23 @@ class Network(OriginalModel, GenerationMixin):
             prompt = None if num_past else self.transformer.prompt_encoder().to(embedded.dtype)  # (P, D)
             embedded, position_ids, mask = with_prompt(prompt, config.prompt_len, embedded, position_ids, mask)
         mask = added_to_scores(mask, embedded.dtype) if isinstance(mask, torch.Tensor) else mask
-        cos, sin = (table.to(embedded.dtype)[:, None] for table in self.angles(position_ids))  # (B, 1, T, ...)
+        cos, sin = (table.to(embedded.dtype)[:, :, None] for table in self.angles(position_ids))  # (B, T, 1, ...)
         prefixes = prefix_keys_values(self, embedded) if config.pre_seq_len else [None] * config.num_layers
         return Stream(embedded, mask, cos, sin, prefixes)
 
     def end(self, hidden, batch):
-        """hidden: (B, T, D) of the last layer -> (N,) fp32 losses of the targets in batch["labels"].
+        """hidden of the last layer, (B, T, D) or at the targets (N, D) -> (N,) fp32 losses of those in batch["labels"].
 
-        batch["target_index"]: (N,) where they are; left out, it costs a CPU-GPU sync. See `layers.head_losses`.
+        batch["target_index"]: (N,) where they are. See `layers.head_losses`.
         """
         hidden = self.final_norm(hidden)
-        return head_losses(hidden, self.get_output_embeddings(), batch["labels"], batch.get("target_index"))
+        return head_losses(hidden, self.get_output_embeddings(), batch["labels"], batch["target_index"])
+
+    def needed(self, batch, num_tokens):
+        """What of each layer's result is needed, see `layers.at`: of the last one only the rows with a target."""
+        index, prompt = batch["target_index"], self.config.prompt_len or 0
+        rows = index + prompt * (index // num_tokens + 1) if prompt else index
+        return [None] * (len(self.layers) - 1) + [rows if self.layers[-1].lean else None]
 
     def logits(self, hidden, num_last=0):
         """hidden: (B, T, D) of the last layer -> (B, T or num_last, V): of the last positions only, 0 = of all."""
@@ -140,12 +154,15 @@ class Network(OriginalModel, GenerationMixin):
         cache = DynamicCache(config=self.config) if past_key_values is None and use_cache else past_key_values
         stream = self.begin(batch, cache)
         hidden, num_tokens = stream.hidden, (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-        for layer, prefix in zip(self.layers, stream.prefixes):
-            hidden = layer(hidden, stream.mask, stream.cos, stream.sin, prefix, cache)
-        hidden = hidden[:, -num_tokens:]  # without the prompt of P-Tuning version 1
+        wants_logits = labels is None if return_logits is None else return_logits
+        if labels is not None and target_index is None:
+            batch["target_index"] = target_index_of(labels)  # CPU-GPU sync
+        needed = [None] * len(self.layers) if wants_logits else self.needed(batch, num_tokens)
+        for layer, prefix, rows in zip(self.layers, stream.prefixes, needed):
+            hidden = layer(hidden, stream.mask, stream.cos, stream.sin, prefix, cache, rows)
+        hidden = hidden[:, -num_tokens:] if hidden.dim() == 3 else hidden  # without the prompt of P-Tuning version 1
         losses = None if labels is None else self.end(hidden, batch)
         loss = None if labels is None else losses.sum() / max(len(losses), 1)
-        wants_logits = labels is None if return_logits is None else return_logits
         logits = self.logits(hidden, logits_to_keep) if wants_logits else None
         return Output(loss, logits, cache, losses)
 

@@ -73,6 +73,10 @@ class MemoryFlags(Flags):
         "memory and devices",
     )
     gradient_checkpointing: bool = flag("compute activations again in the backward pass instead of keeping them", False)
+    lean: bool = flag(
+        "keep less for the backward pass, of the last layer what has a target: the same numbers, or rounded otherwise",
+        True,
+    )
     cudnn_attention: bool = flag("let torch prefer cuDNN's attention on cards that have it", False)
     ds_file: str = flag("DeepSpeed file (memory strategy); a bare name is looked up in ds_configs/", DEFAULT_DS_FILE)
     device: str | None = flag("cuda or cpu; default: cuda where there is a card", None, ("cuda", "cpu"))

@@ -120,5 +120,6 @@ def load_engine(config, mode, objective, train_type, ds_config, precision, devic
     place = choose_place(config, train_type, ds_config, precision, device)
     model = build.load_base(mode, config.model_name_or_path, place, config.gradient_checkpointing)
     model = train_type.apply(model, config, mode)
+    model.set_lean(config.lean)
     dist.barrier()  # a rank that is lost is noticed here, not while DeepSpeed starts
     return engine.new_engine(model, ds_config, config.weight_decay, config.loraplus_ratio)
