@@ -85,7 +85,8 @@ def assemble(known):
     tokenizer, _ = build.check_base(known["mode"], config.model_name_or_path, config.max_len)
     data = load_data(config, known["mode"], known["objective"], tokenizer)
     engine.start(device)
-    exits.share_words()
+    if dist.world_size() > 1:
+        exits.share_words()
     engine.check(known["ds_config"])
     record = train_record(config, known["train_type"], tokenizer, dist.world_size())
     with ExitStack() as refused:  # a run that does not begin leaves the folder as it was

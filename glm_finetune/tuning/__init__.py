@@ -9,7 +9,7 @@ computes in fp32 all the same, the LSTM of version 1 in fp16.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from glm_finetune.tuning.lora import VARIANT, add_lora
+from glm_finetune.tuning.lora import ALL_LINEAR, VARIANT, add_lora, check_targets
 from glm_finetune.tuning.ptuning import add_prefix, add_prompt
 from glm_finetune.tuning.select import last_layers, train_named
 
@@ -47,9 +47,11 @@ def names_in(text):
 
 
 def _lora(model, config, mode):
-    targets, others = names_in(config.lora_module_name) or mode.lora_targets, names_in(config.modules_to_save)
+    names, others = names_in(config.lora_module_name), names_in(config.modules_to_save)
+    if names != [ALL_LINEAR] and names:
+        check_targets(model, names)
     sizes = config.lora_dim, config.lora_alpha, config.lora_dropout
-    return add_lora(model, *sizes, targets, config.model_name_or_path, config.lora_variant, others)
+    return add_lora(model, *sizes, names or mode.lora_targets, config.model_name_or_path, config.lora_variant, others)
 
 
 def _freeze(model, config, mode):
