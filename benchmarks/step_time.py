@@ -86,6 +86,7 @@ class Case:
     checkpointing: bool = False
     steps: int = 15
     warmup: int = 2
+    rank: int = 8
 
 
 def cases(device, quick):
@@ -173,13 +174,14 @@ def adapted(side, model, rank, dropout):
     return model
 
 
-def new_trainee(side, case, model):
-    """LoRA on `model`, its optimizer and its batch."""
+def new_trainee(side, case, model, batch=None):
+    """LoRA on `model`, its optimizer and its batch (default: `new_batch`)."""
     if case.checkpointing:
         enable_checkpointing(model)
     # peft keeps fp32 adapters beside a 16-bit base; DeepSpeed trains them in the base's dtype, so here both sides do.
-    model = adapted(side, model, 8, 0.0).to(case.dtype).train()
-    return model, torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4), new_batch(side, case)
+    model = adapted(side, model, case.rank, 0.0).to(case.dtype).train()
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
+    return model, optimizer, new_batch(side, case) if batch is None else batch
 
 
 def step(model, optimizer, batch):

@@ -36,7 +36,7 @@ TYPES = {
 }
 
 
-def make_base(folder, fields, dtype):
+def make_base(folder, fields, dtype, with_weights=True):
     """A checkpoint with random weights and a tokenizer of its vocabulary (that of tiny_base and unused pieces)."""
     import torch
     from sentencepiece import sentencepiece_model_pb2
@@ -52,6 +52,8 @@ def make_base(folder, fields, dtype):
     (folder / "tokenizer.model").write_bytes(pieces.SerializeToString())
     shutil.copyfile(ROOT / "tiny_base/tokenizer_config.json", folder / "tokenizer_config.json")
     write_json({**json.loads((ROOT / "tiny_base/config.json").read_text()), **fields}, folder / "config.json")
+    if not with_weights:
+        return
     with torch.device("meta"):
         model = MODE["glm3"].model(MODE["glm3"].config.from_pretrained(folder))
     tensors = ((n, torch.randn(p.shape, dtype=dtype) * 0.02) for n, p in model.named_parameters())
