@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from glm_finetune.models import layers
-from glm_finetune.models.again import Dropout, made_again
+from glm_finetune.models.again import Dropout, RMSNorm, made_again
 from glm_finetune.models.glm import rotate as rotate_glm
 from glm_finetune.models.glm2 import inverse_frequencies, rotate
 from glm_finetune.models.loss import token_losses
@@ -104,7 +104,7 @@ def checks(card):
         lambda x, w: F.cross_entropy(x @ w.t(), targets, reduction="none"),
         [hidden, weight],
     )
-    norm = layers.RMSNorm(size, eps=1e-5, device=card.device, dtype=card.dtype)
+    norm = RMSNorm(size, eps=1e-5, device=card.device, dtype=card.dtype)
     yield compared("RMSNorm", norm, lambda x: x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt(), [hidden])
     yield compared("SwiGLU made again", swiglu, lambda x, y: F.silu(x) * y, [hidden, hidden * 2])
     yield from rotations(card)

@@ -74,7 +74,11 @@ def sum_over_ranks(tensor):
 
 
 def sums_over_ranks(values, device):
-    """Sums of Python numbers over all ranks, as floats (exact for whole numbers). CPU-GPU sync; all ranks must call."""
+    """Sums of Python numbers over all ranks, as floats (exact for whole numbers). CPU-GPU sync where there are several;
+    all ranks must call.
+    """
+    if world_size() == 1:
+        return [float(value) for value in values]
     return sum_over_ranks(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
 
 

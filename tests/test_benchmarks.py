@@ -1,6 +1,7 @@
 """The benchmarks run and measure what they say; their figures are not judged here."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,3 +66,33 @@ def test_prefix_rate_measures_encoders_and_flat_prefixes():
     rows = [line.split() for line in benchmark("prefix_rate", "--quick").splitlines()[1:]]
     assert [row[0] for row in rows] == ["True", "False"]
     assert all(float(row[2]) > 0 and row[3].endswith("%" if row[0] == "True" else "-") for row in rows)
+
+
+@pytest.mark.slow
+def test_what_is_run_on_a_card_runs_on_tiny_shapes(tmp_path):
+    """benchmarks/gpu.py must not be wrong on the day when a card is there."""
+    benchmark("gpu", "--device", "cpu", "--quick", "--out", tmp_path / "r.json")
+    stages = json.loads((tmp_path / "r.json").read_text())["stages"]
+    assert list(stages) == ["ceilings", "equality", "step", "long", "path", "generation", "types"]
+    assert all(stage["said"] == "ok" and stage["results"] for stage in stages.values())
+
+
+@pytest.mark.parametrize(
+    "arguments, part",
+    [(["--stages", "equalty"], "Did you mean equality?"), (["--device", "cuda"], "this machine shows no card")],
+)
+def test_the_cards_benchmark_refuses_what_is_not_there(arguments, part):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "benchmarks/gpu.py", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and part in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_stage_that_fails_or_is_out_of_time_loses_nothing_and_stops_no_other(tmp_path):
+    command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--quick", "--stages", "equality,ceilings"]
+    done = subprocess.run([*command, "--budget", "6", "--out", tmp_path / "r.json"], cwd=ROOT, capture_output=True)
+    stages = json.loads((tmp_path / "r.json").read_text())["stages"]
+    assert done.returncode == 1 and stages["equality"]["said"].startswith("out of time")
+    assert stages["ceilings"]["said"].startswith("not begun")

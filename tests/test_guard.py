@@ -13,7 +13,7 @@ from glm_finetune.config import TrainConfig
 from glm_finetune.run.checkpoint import damage
 from glm_finetune.run.folder import checkpoints as checkpoints_in
 from glm_finetune.run.guard import MAX_STILL, Guard
-from glm_finetune.run.memory import memory_advice
+from glm_finetune.run.memory import memory_advice, too_large
 from glm_finetune.tuning import TRAIN_TYPE
 from glm_finetune.weights import iter_tensors, read_json, write_tensors
 from tests.ranks import run_ranks, train_arguments, train_main
@@ -258,3 +258,24 @@ def test_skipping_at_the_smallest_fp16_scale_counts_and_ends(checkpoints, data_f
     arguments = train_arguments("glm3", "lora", checkpoints["glm3"], data_file, tmp_path / "out", **flags)
     with pytest.raises(RuntimeError, match="NotFinite: step 4: the gradient is not finite"):
         run_ranks(fp16_main, 1, arguments, 0, range(100), "gradient")
+
+
+@pytest.mark.parametrize(
+    "stage, world_size, offloads, gib, fits",
+    [
+        (2, 1, (), 80, False),  # 11.6 + 69.8 + 23.3 GiB
+        (2, 1, (), 139, True),
+        (2, 8, (), 24, True),  # 11.6 + 8.7 + 2.9
+        (2, 8, (), 22, False),
+        (3, 8, (), 16, True),  # 1.5 + 8.7 + 2.9
+        (2, 1, ("offload_optimizer",), 12, True),
+        (3, 1, ("offload_optimizer", "offload_param"), 1, True),
+    ],
+)
+def test_what_cannot_fit_on_a_card_is_said_before_the_engine_starts(stage, world_size, offloads, gib, fits):
+    with torch.device("meta"):
+        model = torch.nn.Linear(2**16, 95_270, bias=False).bfloat16()  # 6.24e9 parameters, as ChatGLM3-6B
+    zero = {"stage": stage, **{name: {"device": "cpu"} for name in offloads}}
+    problems = list(too_large(model, zero, world_size, gib * 2**30))
+    assert (problems == []) == fits
+    assert fits or ("6,243,614,720 parameters learn" in problems[0] and f"it has {gib}.0 GiB" in problems[0])

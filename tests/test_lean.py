@@ -11,11 +11,11 @@ from glm_finetune import MODE
 from glm_finetune.config import TrainConfig
 from glm_finetune.data.dataset import without_targets
 from glm_finetune.flags import parse
-from glm_finetune.models.again import Dropout, made_again
-from glm_finetune.models.layers import RMSNorm
+from glm_finetune.models.again import Dropout, RMSNorm, made_again
 from glm_finetune.models.network import enable_checkpointing
 from glm_finetune.run.parts import choose, with_defaults
-from glm_finetune.tuning.lora import FusedLinear, add_lora
+from glm_finetune.tuning.fused import FusedLinear
+from glm_finetune.tuning.lora import add_lora
 from tests.test_models import batch_of, dataset, load
 
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -39,7 +39,7 @@ KINDS = {
 }
 
 
-def losses_and_gradients(mode, kind, batch, checkpoints, lean=True, checkpointing=False):
+def losses_and_gradients(mode, kind, batch, checkpoints, lean=True, checkpointing=False, compiled=False):
     """(losses of the targets, {name: gradient} of what learns) of a new model, the same each time."""
     torch.manual_seed(1)
     needed = ["--train_path", "a", "--output_dir", "b", "--model_name_or_path", str(checkpoints[mode])]
@@ -49,6 +49,8 @@ def losses_and_gradients(mode, kind, batch, checkpoints, lean=True, checkpointin
         enable_checkpointing(model)
     model = train_type.apply(model, with_defaults(config, train_type), MODE[mode]).train()
     model.set_lean(lean)
+    if compiled:
+        model.compile_layers()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
@@ -165,3 +167,14 @@ def test_a_lora_layer_is_pefts_and_rounds_no_more(variant, checkpoints):
 def test_a_lora_step_keeps_less_than_half_of_what_another_keeps(dropout, most):
     ours, plain, theirs, _ = (saved_bytes.units(side, dropout) for side in saved_bytes.SIDES)
     assert ours < most * theirs and ours < 0.6 * plain
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_losses_of_plain_ones(checkpoints, data_file):
+    rows, tokenizer = dataset("glm3", checkpoints, data_file)
+    given = "glm3", "lora", batch_of(rows[:5], "glm3", tokenizer), checkpoints
+    losses, gradients = losses_and_gradients(*given, lean=False)
+    found, compiled = losses_and_gradients(*given, compiled=True)
+    torch.testing.assert_close(found, losses, rtol=1e-5, atol=1e-6)
+    for name, gradient in compiled.items():
+        torch.testing.assert_close(gradient, gradients[name], rtol=1e-4, atol=1e-6, msg=name)

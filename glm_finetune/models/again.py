@@ -100,3 +100,27 @@ class Dropout(Lean, nn.Dropout):
 
     def forward(self, x):
         return _Dropped.apply(x, self.p) if self.training and self.p and self.lean else super().forward(x)
+
+
+class RMSNorm(Lean, nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight, in fp32 inside. On CPUs torch's own would keep three fp32 copies of x."""
+
+    def forward(self, x):
+        return _RMSNorm.apply(x, self.weight, self.eps) if self.lean and not x.is_cuda else super().forward(x)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        wide = x.float()
+        scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # (..., 1)
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        grad, normed = grad.float(), x.float() * scale
+        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        grad = grad * weight
+        return ((grad - normed * (grad * normed).mean(-1, keepdim=True)) * scale).to(x.dtype), grad_weight, None

@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from glm_finetune.models.again import Lean, made_again
+from glm_finetune.models.again import Lean, RMSNorm, made_again
 from glm_finetune.models.layers import (
     LanguageModelHead,
-    RMSNorm,
     Segments,
     at,
     attend,

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
-from glm_finetune.models.again import Lean, directly
+from glm_finetune.models.again import directly
 from glm_finetune.models.loss import token_losses, wrapped_head_losses
 
 VARLEN_ASKS_FOR_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 shares heads unasked
@@ -154,30 +154,6 @@ def rotary_angles(position_ids, inv_freq):
     with torch.autocast(device_type=position_ids.device.type, enabled=False):
         angles = position_ids.float()[..., None] * inv_freq
         return angles.cos(), angles.sin()
-
-
-class RMSNorm(Lean, nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight, in fp32 inside. On CPUs torch's own would keep three fp32 copies of x."""
-
-    def forward(self, x):
-        return _RMSNorm.apply(x, self.weight, self.eps) if self.lean and not x.is_cuda else super().forward(x)
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        wide = x.float()
-        scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # (..., 1)
-        ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).mul_(weight).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, scale = ctx.saved_tensors
-        grad, normed = grad.float(), x.float() * scale
-        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        grad = grad * weight
-        return ((grad - normed * (grad * normed).mean(-1, keepdim=True)) * scale).to(x.dtype), grad_weight, None
 
 
 class LanguageModelHead(nn.Linear):

@@ -73,6 +73,12 @@ class Network(OriginalModel, GenerationMixin):
             if isinstance(part, Lean):
                 part.lean = lean
 
+    def compile_layers(self):
+        """Let torch.compile make kernels of each layer's own for new shapes as they come."""
+        self.set_lean(False)  # the compiler has its own choice of what to keep
+        for layer in self.layers:
+            layer.compile(dynamic=True)
+
     def enable_input_require_grads(self):
         """Nothing: checkpointing (peft asks for it) needs none here, and it would carry the backward pass through all
         frozen layers below the lowest that learns.

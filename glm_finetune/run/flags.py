@@ -77,6 +77,9 @@ class MemoryFlags(Flags):
         "keep less for the backward pass, of the last layer what has a target: the same numbers, or rounded otherwise",
         True,
     )
+    compile: bool = flag(
+        "compile the layers (torch.compile; minutes at the start, not for ZeRO-3 and qlora) instead of --lean", False
+    )
     cudnn_attention: bool = flag("let torch prefer cuDNN's attention on cards that have it", False)
     ds_file: str = flag("DeepSpeed file (memory strategy); a bare name is looked up in ds_configs/", DEFAULT_DS_FILE)
     device: str | None = flag("cuda or cpu; default: cuda where there is a card", None, ("cuda", "cpu"))

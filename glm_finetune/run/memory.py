@@ -1,12 +1,39 @@
-"""What would help a run that is out of memory."""
+"""Runs that do not fit: seen before the engine starts, or what would help one that is out of memory."""
 
 from contextlib import contextmanager
 
 import torch
 
 from glm_finetune import dist
-from glm_finetune.errors import OutOfMemory
-from glm_finetune.weights import is_out_of_memory
+from glm_finetune.errors import OutOfMemory, raise_together
+from glm_finetune.weights import full_bytes, full_size, is_out_of_memory
+
+
+def check_fits(model, zero, world_size, device):
+    """Raise UserError if weights and state alone are more than the card has. zero: section of the DeepSpeed dict."""
+    if device.type == "cuda":
+        problem = too_large(model, zero, world_size, torch.cuda.get_device_properties(device).total_memory)
+        raise_together(problem)
+
+
+def too_large(model, zero, world_size, num_bytes):
+    """Yield the problem that a card of num_bytes cannot hold its part, whatever the batch (activations come on top)."""
+    # all of ChatGLM3-6B, one card, stage 2: weights 11.6 GiB, masters and moments 69.8, gradients 23.3
+    ranks = [1 if zero["stage"] < stage else world_size for stage in range(4)]  # among which a stage divides
+    num_learn = sum(full_size(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    offloads = [zero.get(name, {}).get("device", "none") == "none" for name in ("offload_param", "offload_optimizer")]
+    parts = {
+        "weights": offloads[0] * sum(map(full_bytes, model.parameters())) / ranks[3],
+        "fp32 masters and moments": offloads[1] * 12 * num_learn / ranks[1],
+        "fp32 gradients": offloads[1] * 4 * num_learn / ranks[2],
+    }
+    if (needed := sum(parts.values())) > num_bytes:
+        shown = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in parts.items())
+        yield (
+            f"{num_learn:,} parameters learn: {needed / 2**30:.1f} GiB on a card whatever the batch ({shown}); it has "
+            f"{num_bytes / 2**30:.1f} GiB. Use --train_type lora, --ds_file ds_zero3_offload.json, or more cards with "
+            "ds_zero3_no_offload.json."
+        )
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from glm_finetune.run import engine, folder, resume, state
 from glm_finetune.run.checkpoint import Saver
 from glm_finetune.run.flags import long_warmup
 from glm_finetune.run.guard import Guard
-from glm_finetune.run.memory import memory_advice
+from glm_finetune.run.memory import check_fits, memory_advice
 from glm_finetune.run.parts import choose_place, load_data, output_folder, settle
 from glm_finetune.run.stop import RESUME_ME, stop_request
 from glm_finetune.run.summary import start_lines
@@ -122,5 +122,8 @@ def load_engine(config, mode, objective, train_type, ds_config, precision, devic
     model = build.load_base(mode, config.model_name_or_path, place, config.gradient_checkpointing)
     model = train_type.apply(model, config, mode)
     model.set_lean(config.lean)
+    if config.compile:
+        model.compile_layers()
+    check_fits(model, ds_config["zero_optimization"], dist.world_size(), device)
     dist.barrier()  # a rank that is lost is noticed here, not while DeepSpeed starts
     return engine.new_engine(model, ds_config, config.weight_decay, config.loraplus_ratio)

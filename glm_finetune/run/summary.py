@@ -23,7 +23,7 @@ def start_lines(run):
         f"flags       {json.dumps(flags, ensure_ascii=False)}",
         f"deepspeed   {json.dumps(run.ds_config)}",
         f"versions    {', '.join(f'{name} {importlib.metadata.version(name)}' for name in PACKAGES)}",
-        f"device      {card}, {run.precision}, world size {sampler.world_size}",
+        f"device      {card}, {run.precision}, world size {sampler.world_size}, {ways(config, run.device)}",
         f"parameters  {describe_parameters(run.engine.module)}",
         f"data        {config.train_path}: {rows.report}",
     ]
@@ -44,6 +44,17 @@ def start_lines(run):
     if run.resumed_from:
         lines.append(f"resumed from {run.resumed_from}: {run.progress}")
     return "\n".join(lines)
+
+
+def ways(config, device):
+    """Which of the ways to the same numbers are taken, in words."""
+    layers = "compiled" if config.compile else "lean" if config.lean else "plain"
+    layers += " checkpointed" if config.gradient_checkpointing else ""
+    if device.type == "cpu":
+        return f"{layers} layers"
+    has_flash = torch.cuda.get_device_capability(device)[0] >= 8
+    kernels = ["cuDNN's"] * config.cudnn_attention + (["flash"] if has_flash else ["plain (the card has no flash)"])
+    return f"{layers} layers, attention {' or '.join(kernels)}"
 
 
 def describe_parameters(model):

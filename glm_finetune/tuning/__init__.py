@@ -89,6 +89,8 @@ def problems(config, train_type, stage):
         yield f"--lora_variant {config.lora_variant!r}: must be one of {', '.join(VARIANT)}."
     if config.freeze_last and config.freeze_module_name:
         yield "--freeze_last and --freeze_module_name both say what stays trainable: give one of them."
+    if config.compile and (stage == 3 or train_type.quantizes):
+        yield "--compile: not with ZeRO-3, whose weights come and go, nor with quantised ones. Leave it out."
     if train_type.quantizes:
         yield from _quantized_problems(config, train_type, stage)
 

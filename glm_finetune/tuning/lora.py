@@ -3,14 +3,11 @@
 import warnings
 from collections import Counter
 
-import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from peft.tuners import lora
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from glm_finetune.errors import UserError, did_you_mean
-from glm_finetune.models.again import Dropout, Lean
+from glm_finetune.tuning.fused import make_lean
 from glm_finetune.weights import full_shape
 
 ALL_LINEAR = "all-linear"
@@ -39,30 +36,10 @@ def add_lora(model, rank, alpha, dropout, targets, base_path, variant="lora", mo
     model.name_or_path = str(base_path)
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # peft uses names that transformers renames
         model = get_peft_model(model, config, autocast_adapter_dtype=False)
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer) and dropout:
-            layer.lora_dropout.update({name: Dropout(dropout) for name in layer.lora_dropout})
-        if type(layer) is lora.Linear:
-            layer.__class__ = FusedLinear
+    make_lean(model, dropout)
     factors = get_peft_model_state_dict(model) if variant == "pissa" else {}  # as they begin, see adapter.exported
     model.initial_lora = {name: tensor.detach().cpu().clone() for name, tensor in factors.items()}
     return model
-
-
-class FusedLinear(Lean, lora.Linear):
-    """peft's layer, where it does what all layers do: scale and sum are part of the second product, not three passes
-    over the layer's output.
-    """
-
-    def forward(self, x, *args, **kwargs):
-        (name, *others), varies = self.active_adapters, args or kwargs or self.lora_variant
-        down, up = self.lora_A[name], self.lora_B[name]
-        is_plain = not (others or varies or self.disable_adapters or self.merged) and up.bias is None
-        if not (self.lean and is_plain and x.dtype == up.weight.dtype and up.weight.shape == full_shape(up.weight)):
-            return super().forward(x, *args, **kwargs)
-        result, low = self.base_layer(x), down(self.lora_dropout[name](x))  # (..., out), (..., rank)
-        total = torch.addmm(result.flatten(0, -2), low.flatten(0, -2), up.weight.t(), alpha=self.scaling[name])
-        return total.view_as(result)
 
 
 def check_rank(model, rank, targets):
