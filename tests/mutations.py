@@ -99,8 +99,8 @@ MUTATIONS = (
     ),
     Mutation(
         "kv heads in turn, not side by side",
-        "key.repeat_interleave(num_groups, 1), value.repeat_interleave(num_groups, 1)",
-        "key.repeat(1, num_groups, 1, 1), value.repeat(1, num_groups, 1, 1)",
+        "again(torch.repeat_interleave, x, num_groups, 1)",
+        "x.repeat(1, num_groups, 1, 1)",
         "tests/test_oracle.py::test_logits_and_loss",
     ),
     Mutation(

@@ -16,6 +16,7 @@ from torch.func import functional_call
 
 import merge_lora
 from glm_finetune import MODE, build
+from glm_finetune.models.again import Dropout
 from tests.original_data import original_dataset
 from tests.ranks import run_ranks, train_arguments, train_main
 from tests.refusal import run_main
@@ -192,15 +193,15 @@ def test_evaluation_drops_nothing(checkpoints, six_rows, begin, tmp_path):
 
 
 def dropped(arguments):
-    """train_main; returns (what was dropped by each nn.Dropout that was at work, the share of it) on this rank."""
-    original, masks = torch.nn.Dropout.forward, []
+    """train_main; returns (what was dropped by each Dropout that was at work, the share of it) on this rank."""
+    original, masks = Dropout.forward, []
 
     def forward(self, values):
         result = original(self, values)
         masks.append((result == 0) & (values != 0))
         return result
 
-    torch.nn.Dropout.forward = forward
+    Dropout.forward = forward
     train_main(arguments)
     return [mask.numpy().tobytes() for mask in masks], torch.cat(
         [mask.flatten() for mask in masks]
