@@ -27,11 +27,10 @@ def train(run):
     """The training loop: optimizer steps from where the run stands to its end, or until it is asked to stop."""
     config, progress, meter = run.config, run.progress, Meter()
     warmup = num_warmup_steps(config.warmup_ratio, config.warmup_steps, run.total_steps)
+    schedule = config.learning_rate, run.total_steps, warmup, config.lr_scheduler, config.min_lr_ratio
     run.engine.train()
     while progress.step < run.total_steps:
-        lr = lr_at(
-            progress.step + 1, config.learning_rate, run.total_steps, warmup, config.lr_scheduler, config.min_lr_ratio
-        )
+        lr = lr_at(progress.step + 1, *schedule)
         for group in run.engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
 

@@ -1,7 +1,7 @@
 """Equality on a card (or the CPU): each kernel that training uses against plain fp32 arithmetic, with gradients.
 
 for result in checks(card): ...         # {"what", "error", "allowed", "equal"}; the error of bf16 results and
-                                        # gradients is that of the largest difference beside the largest value
+                                        # gradients is the norm of the difference beside that of the value
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ from glm_finetune.models.glm import rotate as rotate_glm
 from glm_finetune.models.glm2 import inverse_frequencies, rotate
 from glm_finetune.models.loss import token_losses
 
-ALLOWED = 0.02  # of bf16, whose unit is 2 ** -8, after several products
+ALLOWED = 0.02  # of bf16, whose unit is 2 ** -8, after several products, as a share of the norm (0.003 to 0.008 seen)
 
 
 def plainly(query, key, value, sees):
@@ -35,7 +35,7 @@ def compared(what, fast, plain, inputs, dtype=torch.bfloat16):
         out = function(*leaves)
         weight = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)
         results.append([out, *torch.autograd.grad((out.float() * weight).sum(), leaves)])
-    errors = [((own.float() - right).abs().max() / right.abs().max()).item() for own, right in zip(*results)]
+    errors = [((own.float() - right).norm() / right.norm()).item() for own, right in zip(*results)]
     error = max(errors)
     return {"what": what, "error": error, "allowed": ALLOWED, "equal": bool(error < ALLOWED)}
 
@@ -144,12 +144,12 @@ def rotations(card):
 
 
 def dropout(card, x):
-    """The mask of the backward pass is that of the forward pass, and a tenth is dropped."""
+    """The mask of the backward pass is that of the forward pass, and a tenth is dropped, give or take 5 deviations."""
     leaf = torch.ones_like(x).requires_grad_()
     out = Dropout(0.1).train()(leaf)
     out.sum().backward()
     share = (out == 0).float().mean().item()
-    equal = torch.equal(leaf.grad, out.detach()) and abs(share - 0.1) < 0.5 / math.sqrt(x.numel()) + 0.05 * card.quick
+    equal = torch.equal(leaf.grad, out.detach()) and abs(share - 0.1) < 5 * math.sqrt(0.09 / x.numel())
     yield {"what": "dropout drawn again", "share": share, "equal": bool(equal)}
 
 

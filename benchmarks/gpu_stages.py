@@ -7,23 +7,22 @@ numbers that should agree do. A share is of the ceilings that the stage `ceiling
 import gc
 import importlib.util
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
 
+import psutil
 import torch
 
 from benchmarks import gpu_equality
 from benchmarks.step_time import Case, config_of, new_model, new_trainee, step
+from benchmarks.train_types import TYPES
 from glm_finetune import MODE
 from glm_finetune.data.dataset import collate, to_device
 
@@ -32,17 +31,7 @@ FULL = config_of(28, 4096, 13696, 32, 65024)
 TINY = config_of(2, 64, 96, 4, 512)
 GLM_FULL = dict(num_layers=28, hidden_size=4096, inner_hidden_size=16384, num_attention_heads=32, vocab_size=130528)
 GLM_TINY = dict(num_layers=2, hidden_size=64, inner_hidden_size=96, num_attention_heads=4, vocab_size=512)
-TYPES = {
-    "lora": ["--train_type", "lora"],
-    "lora all-linear": ["--train_type", "lora", "--lora_module_name", "all-linear"],
-    "qlora 4": ["--train_type", "qlora"],
-    "qlora 8": ["--train_type", "qlora", "--quantization_bit", "8"],
-    "freeze": ["--train_type", "freeze", "--freeze_last", "1"],
-    "ptuning 2": ["--train_type", "ptuning"],
-    "ptuning 1": ["--train_type", "ptuning", "--ptuning_version", "1"],
-    "dora": ["--train_type", "lora", "--lora_variant", "dora"],
-    "all": ["--train_type", "all"],
-}
+RUN_TYPES = ("lora all-linear", "qlora 4", "qlora 8", "freeze", "ptuning 2, encoder", "ptuning 1", "dora", "all")
 
 
 def has(name):
@@ -189,6 +178,7 @@ def glm_step(card, lengths, checkpointing):
         taken = [step(model, optimizer, batch)[0] for _ in range(3 if card.quick else 7)]
         figures = {"tokens_per_s": length / median(taken[2:]), "peak_gib": card.peak_gib()}
         yield {"what": f"LoRA, glm, {length} tokens, prefix mask", **figures}
+        del model, optimizer, batch  # the next is made before these names are given anew
 
 
 def long_rows(card):
@@ -239,7 +229,7 @@ def generation(card):
 def train_types(card):
     """Each train type by train.py itself, on a random base that is never written."""
     with tempfile.TemporaryDirectory() as folder:
-        for name, flags in list(TYPES.items())[:: 3 if card.quick else 1]:
+        for name in RUN_TYPES[:: 3 if card.quick else 1]:
             if name.startswith("qlora") and not has("bitsandbytes"):
                 yield {"what": f"{name}: bitsandbytes is not installed, left out"}
                 continue
@@ -247,7 +237,8 @@ def train_types(card):
                 yield {"what": "all: 6B with fp32 masters and moments takes about 128 GiB, left out"}
                 continue
             command = [sys.executable, "-m", "benchmarks.random_base", folder, card.device.type, name.replace(" ", "-")]
-            done = subprocess.run([*command, str(int(card.quick)), *flags], cwd=ROOT, capture_output=True, text=True)
+            command += [str(int(card.quick)), *TYPES[name], *["--freeze_last", "1"] * (name == "freeze")]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
             said = json.loads(lines[-1][7:]) if lines else {"error": done.stderr.strip()[-300:], "equal": False}
             yield {"what": f"train.py, {name}", **said}
@@ -283,14 +274,17 @@ def killed_and_resumed(card, precision, folder):
 
     yield ran(f"train.py, {precision}", command("whole"))
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    process = subprocess.Popen(command("killed"), cwd=ROOT, start_new_session=True, **quiet)
+    process = psutil.Popen(command("killed"), cwd=ROOT, **quiet)  # of the stage's session, and gone with it
     while not list((folder / "killed").glob("epoch-*-step-4")) and process.poll() is None:
         time.sleep(0.01)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    for one in [process, *process.children(recursive=True)] if process.is_running() else ():
+        one.kill()
     process.wait()
+    was_whole = list((folder / "killed").glob("epoch-*-step-12"))
     resumed = ran(f"killed and resumed, {precision}, bit-equal", command("killed", "--resume", "auto"))
-    if resumed["equal"]:
+    if was_whole:
+        resumed |= {"equal": False, "said": "it was over before it could be killed: nothing was resumed"}
+    elif resumed["equal"]:
         ends = [(newest(out) / "adapter_model.safetensors").read_bytes() for out in ("killed", "whole")]
         resumed["equal"] = ends[0] == ends[1]
     yield resumed

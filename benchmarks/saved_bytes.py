@@ -63,7 +63,7 @@ def kept(side, lean, dtype, dropout, num_layers):
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype) if parameter.requires_grad else parameter.data
     if side == "ours":
-        network.set_lean(lean)
+        network.choose_ways(lean)
     batch = new_batch(side, case)
     given = [*model.parameters(), *model.buffers(), *(x for x in batch.values() if isinstance(x, torch.Tensor))]
     addresses = {tensor.untyped_storage().data_ptr() for tensor in given}

@@ -20,7 +20,6 @@ from glm_finetune.weights import OnDevice, read_json, weight_files
 
 def check_base(mode, folder, max_len=0):
     """Tokenizer and model configuration of a base folder, without its weights. max_len: tokens it must be able to take.
-
     Raises UserError if the folder lacks a file, is of another mode, or its tokenizer belongs to another model.
     """
     config = config_of(mode, folder)

@@ -29,7 +29,6 @@ def launched():
 
 def launch_environment():
     """What launchers set, for a plain `python train.py`: one process, a free port. Called before anything is started.
-
     Raises UserError for a launcher that set a part of it, or numbers that do not go together.
     """
     os.environ.update({} if "RANK" in os.environ else dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1"))
@@ -74,11 +73,9 @@ def sum_over_ranks(tensor):
 
 
 def sums_over_ranks(values, device):
-    """Sums of Python numbers over all ranks, as floats (exact for whole numbers). CPU-GPU sync where there are several;
-    all ranks must call.
-    """
+    """Sums of numbers over all ranks, as floats (exact for whole ones). Several ranks: CPU-GPU sync, all must call."""
     if world_size() == 1:
-        return [float(value) for value in values]
+        return list(map(float, values))
     return sum_over_ranks(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
 
 

@@ -44,13 +44,17 @@ def exit_with_message(main):
         code = main()
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
-        _leave(1)
+        _leave_reader()
     except Exception as error:  # nothing is swallowed: it is printed, kept for the other ranks, and ends the process
         _end_with(error)
     if code:
         _finish_undisturbed()
         sys.exit(code)
+
+
+def _leave_reader():
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+    _leave(1)
 
 
 def _end_with(error):

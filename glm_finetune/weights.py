@@ -32,10 +32,7 @@ NOT_PLAIN = (
 
 
 def weight_files(folder):
-    """Paths of the weight files of `folder`, in order.
-
-    Raises UserError naming the folder, or the shards that its index lists and it lacks.
-    """
+    """Paths of the weight files of `folder`, in order. Raises UserError naming it, or the shards that it lacks."""
     folder = Path(folder)
     names = [name for name in INDEX_FILES + SINGLE_FILES if (folder / name).is_file()]
     if not names:
@@ -244,10 +241,7 @@ def _do_not_fit(folder, place, problems):
 
 
 def write_sharded(tensors, folder, max_shard_bytes=MAX_SHARD_BYTES):
-    """Write {name: CPU tensor} to `folder` as model.safetensors, or as shards with an index when larger than one.
-
-    Tensors may be produced lazily: `tensors` is an iterable of (name, tensor); no more than a shard is held.
-    """
+    """Write (name, CPU tensor) pairs, made lazily, as model.safetensors or shards with an index; one shard is held."""
     folder, shards, shard, size = Path(folder), [], {}, 0
     for name, tensor in tensors:
         if shard and size + tensor.nbytes > max_shard_bytes:
@@ -280,7 +274,6 @@ def _name_shards(shards, folder):
 
 def write_tensors(tensors, path):
     """Write {name: CPU tensor} as one safetensors file that everyone may read (the library would make it private).
-
     Raises NotWritten when that fails: for a full disk the library has an error of its own.
     """
     try:

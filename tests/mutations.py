@@ -117,8 +117,8 @@ MUTATIONS = (
     ),
     Mutation(
         "the schedule a step late",
-        "progress.step + 1, config.learning_rate,",
-        "progress.step, config.learning_rate,",
+        "lr_at(progress.step + 1,",
+        "lr_at(progress.step,",
         f"{PLAIN}[lora, not clipped]",
     ),
     Mutation(

@@ -11,11 +11,13 @@ from glm_finetune import MODE
 from glm_finetune.config import TrainConfig
 from glm_finetune.data.dataset import without_targets
 from glm_finetune.flags import parse
-from glm_finetune.models.again import Dropout, RMSNorm, made_again
+from glm_finetune.models.again import Dropout, Lean, RMSNorm, made_again
 from glm_finetune.models.network import enable_checkpointing
 from glm_finetune.run.parts import choose, with_defaults
+from glm_finetune.run.run import Run
 from glm_finetune.tuning.fused import FusedLinear
 from glm_finetune.tuning.lora import add_lora
+from tests.ranks import run_ranks, train_arguments
 from tests.test_models import batch_of, dataset, load
 
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -48,9 +50,7 @@ def losses_and_gradients(mode, kind, batch, checkpoints, lean=True, checkpointin
     if checkpointing:
         enable_checkpointing(model)
     model = train_type.apply(model, with_defaults(config, train_type), MODE[mode]).train()
-    model.set_lean(lean)
-    if compiled:
-        model.compile_layers()
+    model.choose_ways(lean, compiled)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
@@ -99,6 +99,35 @@ def test_what_is_made_again_is_what_was_made_and_not_kept():
     product = F.silu(expected[0]) * expected[1]
     ((product * product).sum() + (product[:, 1:4].t() @ torch.ones(3, 2)).square().sum()).backward()
     assert torch.equal(gate.grad, expected[0].grad) and torch.equal(up.grad, expected[1].grad)
+
+
+def test_a_kept_tensor_that_is_changed_in_place_is_noticed():
+    gate = torch.randn(3, 5, requires_grad=True) * 1
+    with made_again() as again:
+        product = again(F.silu, gate)
+        result = (product * product).sum()
+    gate.add_(1)
+    with pytest.raises(AssertionError, match="changed in place"):
+        result.backward()
+
+
+def ways_of_a_run(arguments):
+    """(whether its parts are lean, whether its layers are compiled) of the model that train.py would train."""
+    with Run.open(parse(TrainConfig, arguments)) as run:
+        network = run.engine.module.get_base_model()
+        lean = {part.lean for part in run.engine.module.modules() if isinstance(part, Lean)}
+        return lean, {layer._compiled_call_impl is not None for layer in network.layers}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags, expected",
+    [({}, ({True}, {False})), ({"lean": False}, ({False}, {False})), ({"compile": True}, ({False}, {True}))],
+    ids=["default", "plain", "compiled"],
+)
+def test_the_flags_reach_the_layers(flags, expected, checkpoints, data_file, tmp_path):
+    arguments = train_arguments("glm3", "lora", checkpoints["glm3"], data_file, tmp_path / "out", **flags)
+    assert run_ranks(ways_of_a_run, 1, arguments) == [expected]
 
 
 @every_dtype

@@ -112,10 +112,7 @@ def check_unchanged(before):
 
 
 def layout_of(data_file, path, cache_dir=None):
-    """Layout of a data file, remembered in `cache_dir` for as long as the file's `signature` stays.
-
-    Raises UserError if it is empty or changes meanwhile.
-    """
+    """Layout of a data file, as `scan`, remembered in `cache_dir` for as long as the file's `signature` stays."""
     if cache_dir is None:
         return scan(path, data_file.has_blocks)
     name = hashlib.sha256(f"{os.path.abspath(path)} {data_file.has_blocks}".encode()).hexdigest()[:32]

@@ -42,10 +42,9 @@ def default_cache_dir():
 
 
 def prepared(data_files, settings, cache_dir, overwrite=False, progress=False, num_workers=None, num_threads=None):
-    """The samples of files as memory maps, prepared first if need be.
+    """The samples of files as memory maps, prepared first if need be, or (overwrite) again.
 
-    overwrite: prepare again what was prepared before this call. num_workers: processes; default by the files' size.
-    num_threads: see `prepare.tokenize`.
+    num_workers: processes; default by the files' size. num_threads: see `prepare.tokenize`.
     Raises UserError for a bad row (file and line), NotWritten naming --cache_dir if nothing can be written there.
     """
     started, before = time.time(), signatures(data_files)
@@ -53,14 +52,19 @@ def prepared(data_files, settings, cache_dir, overwrite=False, progress=False, n
         contents = [content_of(data_file, cache_dir) for data_file in data_files]
         folder = Path(cache_dir) / key_of(data_files, contents, settings)
         oldest = started if overwrite or None in contents else 0
-        if (samples := read(folder, oldest)) is not None:
-            return samples
-        with locked(folder.with_suffix(".lock")):
-            if (samples := read(folder, oldest, say=print)) is None:  # else somebody has made it meanwhile
-                _raise_old_error(folder, started)
-                _build(folder, before, data_files, settings, progress, num_workers, num_threads)
-                samples = read(folder)
-            return samples
+        if (samples := read(folder, oldest)) is None:
+            samples = _made(folder, oldest, started, before, data_files, settings, progress, num_workers, num_threads)
+        return samples
+
+
+def _made(folder, oldest, started, *given):
+    """The samples made by this process, or by another that had the lock before."""
+    with locked(folder.with_suffix(".lock")):
+        if (samples := read(folder, oldest, say=print)) is None:
+            _raise_old_error(folder, started)
+            _build(folder, *given)
+            samples = read(folder)
+        return samples
 
 
 def key_of(data_files, contents, settings):
@@ -90,8 +94,7 @@ def _name(function):
 
 def _sha256(paths):
     """One hash of several files."""
-    digests = [hashlib.sha256(path.read_bytes()).digest() for path in paths]
-    return hashlib.sha256(b"".join(digests)).hexdigest()
+    return hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in paths)).hexdigest()
 
 
 def read(folder, oldest=0, say=None):
@@ -107,9 +110,7 @@ def read(folder, oldest=0, say=None):
             raise UserError(f"{', '.join(wrong)}: not the bytes that were written")
         report = Report.from_json(header["report"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if say:
-            say(f"{folder}: damaged ({error}); it is prepared again.", flush=True)
-        return None
+        return say(f"{folder}: damaged ({error}); it is prepared again.", flush=True) if say else None
     return Samples(columns, report) if header["made"] >= oldest else None
 
 

@@ -26,11 +26,9 @@ class InstructionDataset(Sequence):
     """
 
     def __init__(self, path, settings, progress=False, cache_dir=None, overwrite_cache=False, window=None):
-        """path: see `files.list_data_files`. settings: `samples.settings_of`.
-
-        cache_dir: where the samples are prepared, or found (see `cache`); None: in memory, by this process. progress:
-        show a bar meanwhile. window: render a row when it is asked for, best in windows of so many (see `stream`).
-        Raises UserError for a bad row (file, line, field), or if no row is left; with a window when it is its turn.
+        """path: see `files.list_data_files`. settings: `samples.settings_of`. cache_dir: where samples are prepared, or
+        found (see `cache`); None: in memory. progress: show a bar. window: render rows when they are asked for, best in
+        windows of so many (see `stream`). Raises UserError for a bad row, or if no row is left.
         """
         self.data_files = list_data_files(path)
         if window:
@@ -64,9 +62,8 @@ def collate(rows, pad_token_id, positions, max_len=None):
     """Rows of `InstructionDataset` -> a batch (see the top), padded on the right to the longest row.
 
     positions: Mode.positions, for samples without their own. max_len: None = a row of the batch for each row of data;
-    otherwise samples are packed, laid end to end in as few rows of at most `max_len` tokens as best-fit finds;
-    attention, positions and loss of a sample are the same either way. What the model can do without is left out, so
-    that causal modes build no mask.
+    otherwise samples are packed, end to end in as few rows of at most max_len tokens as best-fit finds, with the same
+    attention, positions and losses.
     """
     # Samples 5 6 7 (targets 6 7) and 8 9 (target 9) packed, beside a longer row, with a causal mode:
     # input_ids    5    6    7    8    9    0       position_ids  0 1 2 0 1 0     segment_ids  0 0 0 1 1 -1
@@ -88,15 +85,19 @@ def collate(rows, pad_token_id, positions, max_len=None):
         "position_ids": laid_out(own, 0),
         "target_index": target_index(labels),
     }
-    if not any(prefixes) and len(bins) == len(rows):
-        return batch
+    needs_no_mask = not any(prefixes) and len(bins) == len(rows)
+    return batch if needs_no_mask else batch | _segments(bins, lengths, prefixes, laid_out)
+
+
+def _segments(bins, lengths, prefixes, laid_out):
+    """What a batch has besides where attention is more than causal: segments, and what is a prefix in them."""
     segment_of = {i: segment for packed in bins for segment, i in enumerate(packed)}
     segment_ids = laid_out([[segment_of[i]] * length for i, length in enumerate(lengths)], -1)
     if not any(prefixes):
         bounds = segment_bounds(segment_ids)
-        return batch | {"segment_bounds": bounds, "longest_segment": int(bounds.diff().max())}
+        return {"segment_bounds": bounds, "longest_segment": int(bounds.diff().max())}
     is_prefix = [torch.arange(length) < prefix for length, prefix in zip(lengths, prefixes)]
-    return batch | {"segment_ids": segment_ids, "is_prefix": laid_out(is_prefix, False)}
+    return {"segment_ids": segment_ids, "is_prefix": laid_out(is_prefix, False)}
 
 
 def segment_bounds(segment_ids):

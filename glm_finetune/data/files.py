@@ -58,8 +58,9 @@ class DataFile:
 
     def files(self):
         """The files that it is read from; none of a data set of the hub."""
-        if self.kind != "datasets":
-            return [Path(self.path)]
+        return self._files_of_set() if self.kind == "datasets" else [Path(self.path)]
+
+    def _files_of_set(self):
         folder = Path(self.path.partition("#")[0])
         return [] if self.path.startswith(HUB) else sorted(path for path in folder.rglob("*") if path.is_file())
 
@@ -112,13 +113,17 @@ def _files_of(text):
     path, saved = Path(text), Path(text.partition("#")[0])
     if text.startswith(HUB) or any((saved / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return [DataFile(text, "datasets", weight)]
-    if not path.is_dir():
-        if not os.path.isfile(text):
-            raise UserError(f"{text}: no such file. (A data set of the Hugging Face hub is {HUB}owner/name.)")
-        return [DataFile(str(path), _kind(path), weight)]
+    if path.is_dir():
+        return _files_in(path, weight)
+    if not os.path.isfile(text):
+        raise UserError(f"{text}: no such file. (A data set of the Hugging Face hub is {HUB}owner/name.)")
+    return [DataFile(str(path), _kind(path), weight)]
+
+
+def _files_in(path, weight):
     files = [p for p in sorted(path.iterdir()) if p.is_file() and _suffix(p) in SUFFIXES and p.name[0] != "."]
     if not files:
-        raise UserError(f"{text}: no file of {', '.join(SUFFIXES)} (or .gz) in this folder.")
+        raise UserError(f"{path}: no file of {', '.join(SUFFIXES)} (or .gz) in this folder.")
     return [DataFile(str(p), _kind(p), weight) for p in files]
 
 

@@ -128,6 +128,9 @@ class Report:
 
     def hints(self):
         """What the counts say that the user should know, one line each."""
+        return self._hints() if self.question_cut or self.answer_cut or self.bad else ()
+
+    def _hints(self):
         if self.question_cut and self.too_long == "cut":
             yield (
                 f"{self.question_cut:,} questions were cut: raise --max_src_len. Of a conversation --truncation tail "
@@ -157,9 +160,7 @@ def write_bad_rows(path, *data_sets):
 
 
 def describe_sample(row, tokenizer):
-    """A row of a data set as text: its targets between ⟦ and ⟧, special tokens by name (decode() alone hides them in
-    two of three modes), control characters shown: never sent to a terminal.
-    """
+    """A row as text: targets between ⟦ and ⟧, special tokens by name, control characters as no terminal obeys them."""
     parts, names = [], tokenizer.special_names()
     for learns, pairs in groupby(zip(row["input_ids"], row["labels"]), lambda pair: pair[1] != IGNORE):
         text = ""

@@ -5,7 +5,9 @@
         return self.dense_4h_to_h(product)
 
 The forward pass computes what it would without, and the backward pass gets the same bits, so no number changes. Half of
-what a LoRA step would keep are such values: results of activations, repeated keys and values, dropped inputs.
+what a LoRA step would keep are such values: results of activations, repeated keys and values; also dropout's masks,
+which are drawn again. Only inside `made_again` autograd does not see that a kept tensor was changed in place: `_unpack`
+looks itself.
 """
 
 from contextlib import contextmanager
@@ -16,13 +18,13 @@ from torch import nn
 
 
 class Lean:
-    """A module with a plain way and one that keeps or moves less; they differ by rounding. `Network.set_lean`."""
+    """A module with a plain way and one that keeps or moves less; they differ by rounding. `Network.choose_ways`."""
 
     lean = True
 
 
 class Recipe(NamedTuple):
-    """How to make a tensor again. inputs: what `_Kept.pack` gave of each. The last three: of the view that is kept."""
+    """How to make a tensor again. inputs: as `_Making.pack` gave them. The last three: of the view that is kept."""
 
     function: object
     inputs: list
@@ -31,7 +33,14 @@ class Recipe(NamedTuple):
     offset: int = 0
 
 
-class _Kept:
+class Kept(NamedTuple):
+    """A tensor as it was when it was kept. version: torch's count of the changes in place."""
+
+    tensor: torch.Tensor
+    version: int
+
+
+class _Making:
     """Recipes of the tensors made inside one `made_again`, by the address of their memory; they live until it ends."""
 
     def __init__(self):
@@ -45,14 +54,17 @@ class _Kept:
         return result
 
     def pack(self, tensor):
-        """What is kept of a tensor: a Recipe, or itself. A leaf stays as it is: ZeRO-3 exchanges what lies behind."""
+        """What is kept of a tensor: a Recipe, or itself. A leaf as it is: ZeRO-3 exchanges what lies behind it."""
         recipe = self.recipes.get(tensor.untyped_storage().data_ptr())
         if recipe:
             return recipe._replace(size=tensor.shape, stride=tensor.stride(), offset=tensor.storage_offset())
-        return tensor if tensor.is_leaf else tensor.detach()
+        return tensor if tensor.is_leaf else Kept(tensor.detach(), tensor._version)
 
 
 def _unpack(kept):
+    if isinstance(kept, Kept):
+        assert kept.tensor._version == kept.version, "a tensor that the backward pass needs was changed in place"
+        return kept.tensor
     if not isinstance(kept, Recipe):
         return kept
     with torch.no_grad():
@@ -67,10 +79,10 @@ def directly(function, *inputs):
 @contextmanager
 def made_again(wanted=True):
     """Gives again(function, *inputs) -> function(*inputs), a new tensor; `directly` where it is not wanted."""
-    if not wanted:
+    if not (wanted and torch.is_grad_enabled()):
         yield directly
         return
-    kept = _Kept()
+    kept = _Making()
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, _unpack):
         yield kept.again
     kept.tensors.clear()

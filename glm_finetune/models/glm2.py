@@ -193,8 +193,8 @@ class ChatGLM2ForConditionalGeneration(Network):
         return rotary_angles(position_ids, inverse_frequencies(self.config.kv_channels, position_ids.device))
 
     def layout(self, batch, embedded, num_past):
-        """Positions count on from the cache. Without a description of padding or segments attention is causal and no
-        mask is built, which is right for padding on the right too.
+        """Positions count on from the cache. Without padding or segments attention is causal, with padding on the right
+        too, and no mask is built.
         """
         num_tokens, position_ids = embedded.shape[1], batch.get("position_ids")
         if position_ids is None:

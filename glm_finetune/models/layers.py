@@ -65,9 +65,8 @@ class Segments:
 
 
 def for_attention(query, key, value):
-    """(B, T, heads, E) -> (B, heads, T, E) views: tokens stay the outer dimension in memory, where attention leaves its
-    result as the next product reads it. value is copied: as a view it would make the backward pass keep all of q|k|v.
-    """
+    """(B, T, heads, E) -> (B, heads, T, E), where attention leaves its result as the next product reads it."""
+    # value is copied: as a view it would make the backward pass keep all of q|k|v
     return query.transpose(1, 2), key.transpose(1, 2), value.contiguous().transpose(1, 2)
 
 
@@ -141,9 +140,8 @@ def lay_out(x, bounds, num_shared):
 
 
 def has_flash_attention(query):
-    """Whether a card's flash attention takes this tensor: it reads shared kv heads in place.
-
-    Any other kernel of a card would fall back to a (B, H, T, T) product; on CPUs it was tried and no step got faster.
+    """Whether a card's flash attention takes this tensor, and so reads shared kv heads in place. A card's other kernels
+    fall back to a (B, H, T, T) product; on CPUs no step got faster.
     """
     is_half = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
     return is_half and torch.cuda.get_device_capability(query.device)[0] >= 8

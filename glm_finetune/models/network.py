@@ -67,16 +67,14 @@ class Network(OriginalModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
 
-    def set_lean(self, lean):
-        """Whether layers and adapters keep less for the backward pass and make it again, see `again`; the default."""
+    def choose_ways(self, lean, compiled=False):
+        """lean: whether layers and adapters keep less and make it again, see `again`; the default. compiled: whether
+        torch.compile makes kernels for each layer, for new shapes as they come, and itself chooses what to keep.
+        """
         for part in self.modules():
             if isinstance(part, Lean):
-                part.lean = lean
-
-    def compile_layers(self):
-        """Let torch.compile make kernels of each layer's own for new shapes as they come."""
-        self.set_lean(False)  # the compiler has its own choice of what to keep
-        for layer in self.layers:
+                part.lean = lean and not compiled
+        for layer in self.layers if compiled else ():
             layer.compile(dynamic=True)
 
     def enable_input_require_grads(self):
@@ -87,8 +85,7 @@ class Network(OriginalModel, GenerationMixin):
     def begin(self, batch, cache=None):
         """A batch (see data/dataset.py; at least input_ids (B, T) or inputs_embeds (B, T, D)) -> Stream.
 
-        cache: keys and values of earlier tokens, or None. What stands in front of the text is in it: the prompt of
-        P-Tuning version 1, so that hidden may be longer than the text by P tokens.
+        cache: of earlier tokens, or None. With a prompt of P-Tuning version 1 hidden is longer by its P tokens.
         """
         config, embedded = self.config, batch.get("inputs_embeds")
         embedded = self.get_input_embeddings()(batch["input_ids"]) if embedded is None else embedded
@@ -143,13 +140,10 @@ class Network(OriginalModel, GenerationMixin):
     ):
         """Next-token logits, or losses -> Output.
 
-        input_ids: (B, T) int64, or inputs_embeds: (B, T, D). position_ids: (B, T) int64, of ChatGLM-6B (B, 2, T).
-        attention_mask: (B, S) 1 = token, 0 = padding; ChatGLM-6B also takes the original's (B, 1, T, T) bool, True =
-        masked. segment_ids: (B, S) int64 (-1 padding) and is_prefix: (B, S) bool replace it: see `layers.visible`.
-        segment_bounds: (N + 1,) int32 and longest_segment: samples end to end, causal in each; see `layers.Segments`.
-        What is left out is derived: see `layout` of the model.
-        labels: (B, T) int64, not shifted, -100 = not a target; target_index: see `loss.target_index`.
-        logits_to_keep: logits of the last so many positions only; 0 = all. return_logits: default, when without labels.
+        input_ids: (B, T), or inputs_embeds: (B, T, D), and the rest of a batch as in data/dataset.py; what is left out
+        is derived: see `layout` of the model. attention_mask: (B, S) 1 = token, 0 = padding; ChatGLM-6B also takes the
+        original's (B, 1, T, T) bool, True = masked. logits_to_keep: of the last so many positions only; 0 = all.
+        return_logits: default, when without labels.
         """
         batch = dict(input_ids=input_ids, inputs_embeds=inputs_embeds, labels=labels, target_index=target_index)
         batch |= dict(attention_mask=attention_mask, position_ids=position_ids, segment_bounds=segment_bounds)

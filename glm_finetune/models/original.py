@@ -70,10 +70,9 @@ class OriginalModel(PreTrainedModel):
     def from_pretrained(cls, folder, dtype=None, place=None):
         """Load an original checkpoint folder, or one saved by this project.
 
-        dtype: torch.float32, bfloat16 or float16 for every weight; default: `torch_dtype` of config.json.
-        place: where the weights go, instead of whole onto the CPU as `dtype`; see `weights.OnDevice`.
-        Peak memory is the model plus one tensor. Returns the model in eval mode.
-        Raises UserError for a folder, file, name or shape that does not fit.
+        dtype: of every weight; default: `torch_dtype` of config.json. place: where the weights go (`weights.OnDevice`),
+        instead of whole onto the CPU as `dtype`. Peak memory is the model plus one tensor. Returns the model in eval
+        mode. Raises UserError for a folder, file, name or shape that does not fit.
         """
         config = cls.config_class.from_pretrained(folder)
         dtype = dtype or getattr(torch, config.source.get("torch_dtype", "float32"))

@@ -21,7 +21,5 @@ class Objective:
     loss: Callable
 
     def rows(self, data, numbers, seed, epoch):
-        """Rows of a data set as they are trained in an epoch. Each follows from seed, epoch and its number alone, so it
-        is the same on any number of ranks and after resuming.
-        """
+        """Rows as they are trained in an epoch: each follows from seed, epoch and its number, whatever the ranks."""
         return [self.draw(data[number], mixed(seed, number), epoch) for number in numbers]

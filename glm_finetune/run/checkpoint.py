@@ -137,15 +137,21 @@ def forget_old(newest, limit, best):
 
 def _write_model(model, tokenizer, train_type, folder, weights):
     folder.mkdir(parents=True)
-    if train_type.saves == "adapter":
-        tensors, settings = exported(model, dict(weights))
-        write_tensors(tensors, folder / "adapter_model.safetensors")
-        settings.save_pretrained(str(folder))
-    elif train_type.saves == "prefix":
-        write_prefix(model, dict(weights), folder)
-    else:
-        model.save_weights(folder, weights)
+    WRITE[train_type.saves](model, weights, folder)
     tokenizer.save_pretrained(folder)
+
+
+def _write_adapter(model, weights, folder):
+    tensors, settings = exported(model, dict(weights))
+    write_tensors(tensors, folder / "adapter_model.safetensors")
+    settings.save_pretrained(str(folder))
+
+
+WRITE = {  # TrainType.saves -> what writes it
+    "adapter": _write_adapter,
+    "prefix": lambda model, weights, folder: write_prefix(model, dict(weights), folder),
+    "weights": lambda model, weights, folder: model.save_weights(folder, weights),
+}
 
 
 def write_manifest(folder):

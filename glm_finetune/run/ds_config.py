@@ -32,12 +32,16 @@ def read_ds_file(name):
     """The object in a DeepSpeed file: a path, or a bare name in ds_configs/. Raises UserError naming the file."""
     path = Path(name) if Path(name).is_file() or Path(name).name != name else FOLDER / name
     if not path.is_file():
-        shipped = sorted(shipped.name for shipped in FOLDER.glob("*.json"))
-        hint = did_you_mean(name, shipped)
-        raise UserError(f"--ds_file {name}: no such file. Shipped in ds_configs/: {', '.join(shipped)}.{hint}")
+        raise _no_file(name)
     value = read_json(path)
     raise_together(_malformed(value))
     return value
+
+
+def _no_file(name):
+    shipped = sorted(shipped.name for shipped in FOLDER.glob("*.json"))
+    hint = did_you_mean(name, shipped)
+    return UserError(f"--ds_file {name}: no such file. Shipped in ds_configs/: {', '.join(shipped)}.{hint}")
 
 
 def _malformed(value, names=("zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "data_types"), where=""):

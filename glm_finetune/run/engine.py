@@ -48,11 +48,15 @@ def check(ds_config):
     try:
         DeepSpeedConfig(copy.deepcopy(ds_config))
     except ValidationError as error:
-        places = ((".".join(map(str, problem["loc"])), problem["msg"]) for problem in error.errors())
-        raise UserError("\n".join(f"ds_file: {place}: {text} ({error.title})." for place, text in places)) from None
+        raise _refused(error) from None
     for name in ("offload_optimizer", "offload_param"):
         if (section := ds_config["zero_optimization"].get(name, {})).get("device") == "nvme":
             _check_nvme(section.get("nvme_path"))
+
+
+def _refused(error):
+    places = ((".".join(map(str, problem["loc"])), problem["msg"]) for problem in error.errors())
+    return UserError("\n".join(f"ds_file: {place}: {text} ({error.title})." for place, text in places))
 
 
 def _check_nvme(folder):
@@ -126,8 +130,7 @@ def new_engine(model, ds_config, weight_decay, loraplus_ratio=None):
 def accumulate(engine, objective, batches, num_targets):
     """Forward and backward of the micro-batches of a step, then the step. Returns their losses. All ranks must call.
 
-    num_targets: of all ranks' micro-batches; a loss is its share of their mean. Weights change unless the gradient is
-    not finite.
+    num_targets: of all ranks' micro-batches, of whose mean a loss is a share. A gradient not finite changes no weight.
     """
     # 2 ranks x 2 micro-batches with 5 3 | 8 4 targets: num_targets 20, and a micro-batch of sum s counts s / 20.
     losses = []

@@ -28,9 +28,8 @@ TAKING_SECS = 0.5  # between taking a lock and saying so, at most
 
 
 def check_output_dir(output_dir, overwrite, inputs=()):
-    """Raise UserError if output_dir holds what is not a run's, or results that are not to be deleted (`overwrite`).
-
-    inputs: paths that the run reads, and which must not be among what is deleted.
+    """Raise UserError if output_dir holds what is not a run's, or results that are not to be deleted (`overwrite`), or
+    are among the paths that the run reads (inputs).
     """
     path = Path(output_dir)
     if path.exists() and not path.is_dir():
@@ -125,9 +124,8 @@ class Hold:
 
 
 def lock(output_dir, overwrite=True, inputs=()):
-    """Hold output_dir for this run, on rank 0; returns a Hold. overwrite, inputs: as `check_output_dir`'s.
-
-    Removes what a killed run was still writing or deleting. Raises UserError if another run holds it.
+    """Hold output_dir for this run, on rank 0, without what a killed run was still writing or deleting; returns a Hold.
+    overwrite, inputs: as `check_output_dir`'s. Raises UserError if another run holds it.
     """
     try:
         with ExitStack() as refused:
@@ -143,13 +141,17 @@ def lock(output_dir, overwrite=True, inputs=()):
     return hold
 
 
-def _take(folder, tries=2):
+def _take(folder):
+    with suppress(BlockingIOError):
+        return Hold(folder)
+    return _take_later(folder)
+
+
+def _take_later(folder):
+    time.sleep(TAKING_SECS)  # it may be given back
     try:
         return Hold(folder)
     except BlockingIOError:
-        if tries > 1:
-            time.sleep(TAKING_SECS)  # it may be given back
-            return _take(folder, tries - 1)
         text = f"--output_dir {folder}: another run ({_holder(folder)}) is writing to it. Choose another folder."
         raise UserError(text) from None
 

@@ -9,11 +9,9 @@ from glm_finetune.errors import OutOfMemory, raise_together
 from glm_finetune.weights import full_bytes, full_size, is_out_of_memory
 
 
-def check_fits(model, zero, world_size, device):
-    """Raise UserError if weights and state alone are more than the card has. zero: section of the DeepSpeed dict."""
-    if device.type == "cuda":
-        problem = too_large(model, zero, world_size, torch.cuda.get_device_properties(device).total_memory)
-        raise_together(problem)
+def check_fits(model, zero, world_size, card):
+    """Raise UserError if weights and state alone are more than `card` has. zero: section of the DeepSpeed dict."""
+    raise_together(too_large(model, zero, world_size, torch.cuda.get_device_properties(card).total_memory))
 
 
 def too_large(model, zero, world_size, num_bytes):
@@ -45,13 +43,14 @@ def memory_advice(config, zero, quantized):
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or is_out_of_memory(error):
-            raise _out_of_memory(error, _tips(config, zero, quantized)) from None
-        raise
+        raise _with_tips(error, config, zero, quantized) from None
 
 
-def _out_of_memory(error, tips):
-    tips = "".join(f"\n  {i}. {tip}" for i, tip in enumerate(tips, 1))
+def _with_tips(error, config, zero, quantized):
+    """The error itself, unless it says that memory ran out."""
+    if not isinstance(error, torch.OutOfMemoryError) and not is_out_of_memory(error):
+        return error
+    tips = "".join(f"\n  {i}. {tip}" for i, tip in enumerate(_tips(config, zero, quantized), 1))
     reason = str(error).strip().splitlines()[0][:300]
     return OutOfMemory(f"out of memory on rank {dist.rank()} ({reason}). What would help, in order:{tips}")
 

@@ -64,14 +64,18 @@ def load_data(config, mode, objective, tokenizer):
     rows = InstructionDataset(config.train_path, **options, window=window)
     eval_rows = InstructionDataset(config.eval_path, **options) if config.eval_path else None
     if len(rows) < (world_size := dist.launched()[1]):
-        few = f"{len(rows)} samples for {world_size} ranks, some would have nothing to do"
-        raise UserError(f"--train_path {config.train_path}: {few}. Start fewer ranks or give more data.")
+        raise _too_few(config.train_path, len(rows), world_size)
     lengths = rows.lengths() if config.group_by_length else None
     per_step = config.per_device_train_batch_size, config.gradient_accumulation_steps, world_size
     sampler = StepSampler(len(rows), *per_step, config.seed, lengths=lengths, window=window)
     max_len = config.max_len if config.packing else None
     collate_rows = partial(collate, pad_token_id=tokenizer.pad_token_id, positions=mode.positions, max_len=max_len)
     return dict(tokenizer=tokenizer, rows=rows, eval_rows=eval_rows, sampler=sampler, collate=collate_rows)
+
+
+def _too_few(path, num_rows, world_size):
+    few = f"{num_rows} samples for {world_size} ranks, some would have nothing to do"
+    return UserError(f"--train_path {path}: {few}. Start fewer ranks or give more data.")
 
 
 def choose_place(config, train_type, ds_config, precision, device):

@@ -39,10 +39,7 @@ class Run(SimpleNamespace):
     @staticmethod
     @contextmanager
     def open(config):
-        """Build a run, and end it: a last save where it was asked to stop, tracker and engine closed.
-
-        Raises UserError for whatever is wrong, as early as it can be known.
-        """
+        """Build a run, and end it in order. Raises UserError for whatever is wrong, as early as it can be known."""
         known = settle(config)
         with memory_advice(known["config"], known["ds_config"]["zero_optimization"], known["train_type"].quantizes):
             run = assemble(known)
@@ -96,8 +93,7 @@ def assemble(known):
         progress, best = state.progress_in(resumed_from) if resumed_from else (Progress(), None)
         total_steps = config.max_steps or data["sampler"].total_steps(progress, config.num_train_epochs)
         if resumed_from and progress.step >= total_steps:
-            done = f"all {total_steps} steps are done, this run is complete. Nothing was changed."
-            return dist.print_main(f"{resumed_from}: {done}")
+            return _say_done(resumed_from, total_steps)
         raise_together(long_warmup(config.warmup_steps, total_steps))
         ds_engine = load_engine(**known)
         if resumed_from:
@@ -115,15 +111,18 @@ def assemble(known):
     return run
 
 
+def _say_done(resumed_from, total_steps):
+    dist.print_main(f"{resumed_from}: all {total_steps} steps are done, this run is complete. Nothing was changed.")
+
+
 def load_engine(config, mode, objective, train_type, ds_config, precision, device):
     """The model with its weights and what learns of it, in DeepSpeed's engine. All ranks must call."""
     dist.seed_all(config.seed)
     place = choose_place(config, train_type, ds_config, precision, device)
     model = build.load_base(mode, config.model_name_or_path, place, config.gradient_checkpointing)
     model = train_type.apply(model, config, mode)
-    model.set_lean(config.lean)
-    if config.compile:
-        model.compile_layers()
-    check_fits(model, ds_config["zero_optimization"], dist.world_size(), device)
+    model.choose_ways(config.lean, config.compile)
+    if device.type == "cuda":
+        check_fits(model, ds_config["zero_optimization"], dist.world_size(), device)
     dist.barrier()  # a rank that is lost is noticed here, not while DeepSpeed starts
     return engine.new_engine(model, ds_config, config.weight_decay, config.loraplus_ratio)

@@ -28,10 +28,12 @@ def of(engine, progress):
         own[f"cuda.{dist.rank()}"] = torch.cuda.get_rng_state(engine.device)
     randoms = {name: state for states in dist.gather_objects(own) for name, state in states.items()}
     numbers = {**asdict(progress), "updates": num_updates(engine), "world_size": dist.world_size()}
-    if engine.fp16_enabled():
-        scaler = vars(engine.optimizer.loss_scaler).items()
-        numbers["loss_scaler"] = {name: value for name, value in scaler if isinstance(value, (int, float))}
-    return tensors_of(engine), randoms, numbers
+    return tensors_of(engine), randoms, numbers | (_loss_scaler(engine) if engine.fp16_enabled() else {})
+
+
+def _loss_scaler(engine):
+    scaler = vars(engine.optimizer.loss_scaler).items()
+    return {"loss_scaler": {name: value for name, value in scaler if isinstance(value, (int, float))}}
 
 
 def learning(model):

@@ -49,21 +49,20 @@ def start_lines(run):
 def ways(config, device):
     """Which of the ways to the same numbers are taken, in words."""
     layers = "compiled" if config.compile else "lean" if config.lean else "plain"
-    layers += " checkpointed" if config.gradient_checkpointing else ""
-    if device.type == "cpu":
-        return f"{layers} layers"
-    has_flash = torch.cuda.get_device_capability(device)[0] >= 8
+    layers += " checkpointed layers" if config.gradient_checkpointing else " layers"
+    return layers if device.type == "cpu" else f"{layers}, attention {_kernels(config, device)}"
+
+
+def _kernels(config, card):
+    has_flash = torch.cuda.get_device_capability(card)[0] >= 8
     kernels = ["cuDNN's"] * config.cudnn_attention + (["flash"] if has_flash else ["plain (the card has no flash)"])
-    return f"{layers} layers, attention {' or '.join(kernels)}"
+    return " or ".join(kernels)
 
 
 def describe_parameters(model):
     """How many parameters there are and learn, and what they take on all ranks together with their optimizer state."""
-    learning, frozen = ([p for p in model.parameters() if p.requires_grad is learns] for learns in (True, False))
-    trainable, still = (sum(map(full_size, group)) for group in (learning, frozen))
-    weights, unchanged = (sum(map(full_bytes, group)) / 2**20 for group in (learning, frozen))
-    return (
-        f"{trainable + still:,} in all; {trainable:,} learn ({100 * trainable / (trainable + still):.2f}%), "
-        f"{weights:,.1f} MiB, with fp32 masters and moments {weights + trainable * 12 / 2**20:,.1f} MiB; "
-        f"frozen {unchanged:,.1f} MiB"
-    )
+    groups = ([p for p in model.parameters() if p.requires_grad is learns] for learns in (True, False))
+    (learn, mib), (still, frozen) = ((sum(map(full_size, g)), sum(map(full_bytes, g)) / 2**20) for g in groups)
+    share, state = 100 * learn / (learn + still), f"with fp32 masters and moments {mib + learn * 12 / 2**20:,.1f} MiB"
+    learns = f"{learn:,} learn ({share:.2f}%), {mib:,.1f} MiB, {state}"
+    return f"{learn + still:,} in all; {learns}; frozen {frozen:,.1f} MiB"

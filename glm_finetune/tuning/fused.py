@@ -12,7 +12,7 @@ from glm_finetune.weights import full_shape
 
 class FusedLinear(Lean, lora.Linear):
     """peft's layer, where it does what all layers do: scale and sum are part of the second product, not three passes
-    over the layer's output.
+    over the layer's output. Under ZeRO-3 to look at `up.weight` gathers it; were it divided peft's way would be taken.
     """
 
     def forward(self, x, *args, **kwargs):
