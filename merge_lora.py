@@ -2,9 +2,9 @@
 
     python merge_lora.py --model_dir output-glm3/epoch-2-step-3900       # -> output-glm3/epoch-2-step-3900-merged
 
-The sum is formed in fp32 on the CPU and written in the base's dtypes. Its logits must be those of base + adapter, every
-tensor in the folder must be the sum's, rounded. The written folder is then loaded again and
-compared with base + adapter; if they disagree it is removed and the exit code is not 0.
+Tensor by tensor, on the CPU: what the adapter does not touch is copied, what it touches is summed in fp32 and rounded
+once, to the base's dtype. Each summed layer must give the results of base + adapter, and the written folder its logits,
+formed with one layer in memory at a time; if they disagree it is removed and the exit code is not 0.
 """
 
 import os
@@ -20,7 +20,7 @@ from glm_finetune.flags import parse
 
 def main():
     config = parse(MergeConfig, sys.argv[1:], __doc__)
-    folder = build.find_model_folder(config.model_dir, config.mode, config.ori_model_dir)
+    folder = build.find_model_folder(config.model_dir, config.mode, config.ori_model_dir, force=config.force)
     if folder.adapter is None or folder.is_prefix:
         raise UserError(
             f"--model_dir {config.model_dir}: no LoRA adapter (adapter_config.json without config.json beside it)."

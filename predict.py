@@ -29,7 +29,7 @@ def main():
     config = parse(PredictConfig, sys.argv[1:], __doc__)
     device = dist.choose_device(config.device)
     precision = dist.choose_precision(config.precision, device)
-    folder = build.find_model_folder(config.model_path, config.mode, config.ori_model_dir, config)
+    folder = build.find_model_folder(config.model_path, config.mode, config.ori_model_dir, config, config.force)
     config.max_length = length_of(config, folder)
     rows = list(read_questions(config, folder.prompt.prompt_text)) if config.test_path else []
     path, settings = answers.output_path(config, folder), answers.settings_of(config, folder, precision)

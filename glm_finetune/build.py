@@ -15,7 +15,7 @@ from glm_finetune.modes import MODE, mode_of, refuse_architecture, refuse_others
 from glm_finetune.record import Prompt, prompt_of, read_record
 from glm_finetune.tuning.adapter import load_adapter
 from glm_finetune.tuning.ptuning import is_prefix_folder, load_prefix
-from glm_finetune.weights import OnDevice, read_json, weight_files
+from glm_finetune.weights import OnDevice, fingerprint, read_json, weight_files
 
 
 def check_base(mode, folder, max_len=0):
@@ -90,11 +90,12 @@ class ModelFolder:
         return config_of(self.mode, self.base).max_positions - taken
 
 
-def find_model_folder(folder, mode_name=None, base=None, flags=None):
+def find_model_folder(folder, mode_name=None, base=None, flags=None, force=False):
     """Look at a folder (of this project or plain peft) -> ModelFolder.
 
     mode_name, base: replace what it says. flags: an object with the names of Prompt; what is not None there replaces
-    the recorded prompt. Raises UserError saying what is missing and which flag gives it.
+    the recorded prompt. force: take a base that is not the one of the training.
+    Raises UserError saying what is missing and which flag gives it, or that the base is another one.
     """
     folder = Path(folder)
     raise_together(unknown_choice("mode", mode_name, tuple(MODE)))
@@ -114,8 +115,22 @@ def find_model_folder(folder, mode_name=None, base=None, flags=None):
     if record and not is_known:
         hint = "an earlier version merged it and did not record the prompt of its training"
         print(f"{folder}: {hint}: give --prompt_text where one was used.", file=sys.stderr)
+    if is_adapter:
+        _check_fingerprint(folder, record, base, force)
     is_bare = not record and not is_adapter
     return ModelFolder(mode, base, folder if is_adapter else None, prompt, is_bare, is_prefix)
+
+
+def _check_fingerprint(folder, record, base, force):
+    """Raise UserError if an adapter was trained on other weights: every sum with them would be wrong in silence."""
+    known = record.get("base_fingerprint")
+    if known is None:
+        print(f"{folder}: does not say what its base was like; {base} is taken for it.", file=sys.stderr)
+    elif known != fingerprint(base):
+        problem = f"{folder} was trained on {record['base']}; the weights in {base} are others now"
+        if not force:
+            raise UserError(f"{problem}. Give that base with --ori_model_dir, or --force where it is meant.")
+        print(f"{problem}; --force takes them.", file=sys.stderr)
 
 
 def _recorded_base(folder, record):

@@ -16,6 +16,7 @@ from pathlib import Path
 from glm_finetune.data.blocks import fingerprint
 from glm_finetune.data.cache import default_cache_dir
 from glm_finetune.data.flags import DataFlags
+from glm_finetune.weights import fingerprint as fingerprint_of
 from glm_finetune.weights import read_json, write_json
 
 FILE = "train_config.json"
@@ -72,7 +73,7 @@ def merged_record(adapter, mode, base, prompt):
 
 
 def _base(folder):
-    return {"base": str(folder), "base_absolute": os.path.abspath(folder)}
+    return {"base": str(folder), "base_absolute": os.path.abspath(folder), "base_fingerprint": fingerprint_of(folder)}
 
 
 def describe(path):

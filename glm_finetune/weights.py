@@ -7,11 +7,13 @@ it is complete.
     for name, tensor in iter_tensors("ChatGLM3-6B/"): ...
 """
 
+import hashlib
 import json
 import os
 import pickle
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +25,6 @@ from glm_finetune.errors import NotWritten, OutOfMemory, UserError
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' names
 MAX_SHARD_BYTES = 2 * 10**9  # the originals' shard size
 NOT_PLAIN = (
     "refused, it does not hold plain tensors. It is damaged, a git-lfs pointer (then: git lfs pull), or a pickle with "
@@ -108,32 +109,43 @@ def is_out_of_memory(error):
     return isinstance(error, MemoryError) or "allocate memory" in str(error)
 
 
-def tensor_files(folder):
-    """{name: path} of all weights in a folder of safetensors."""
-    names = {}
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            names |= dict.fromkeys(file.keys(), path)
-    return names
-
-
 def read_tensor(path, name):
     """One tensor of a safetensors file, on the CPU."""
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(name)
 
 
-def file_dtypes(folder):
-    """{name: dtype} of all weights in `folder`, without reading them where the format allows."""
-    dtypes = {}
+def open_tensors(folder):
+    """{name: function that gives its tensor} of all weights in `folder`; what is not asked for is not read."""
+    tensors = {}
     for path in weight_files(folder):
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a dict)
-            dtypes |= {name: FILE_DTYPES.get(kind, torch.float32) for name, kind in kinds.items()}
+                tensors |= {name: partial(read_tensor, path, name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        else:  # mapped: only what is looked at is read
+            tensors |= {name: partial(_itself, tensor) for name, tensor in iter_file(path)}
+    return tensors
+
+
+def _itself(tensor):
+    return tensor
+
+
+def fingerprint(folder):
+    """A hash of names, shapes and first rows of all weights in `folder`, the same for every kind of file; 64 digits."""
+    rows = {}
+    for path in weight_files(folder):
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                pieces = [(name, file.get_slice(name)) for name in file.keys()]  # noqa: SIM118 (not a dict)
+                rows |= {name: _row(piece.get_shape(), piece[:1]) for name, piece in pieces}
         else:
-            dtypes |= {name: tensor.dtype for name, tensor in iter_file(path)}
-    return dtypes
+            rows |= {name: _row(list(tensor.shape), tensor[:1]) for name, tensor in iter_file(path)}
+    return hashlib.sha256(repr(sorted(rows.items())).encode()).hexdigest()
+
+
+def _row(shape, row):
+    return shape, hashlib.sha256(row.float().contiguous().numpy().tobytes()).hexdigest()
 
 
 def _iter_safetensors(path):
@@ -192,46 +204,56 @@ def replace_parameter(model, name, value):
 
 
 def is_finite(tensor):
-    """Whether a tensor has no inf and no nan; one reduction without a copy. CPU-GPU sync."""
-    return bool(torch.isfinite(tensor.sum(dtype=torch.float32)))
+    """Whether a tensor has no inf and no nan; one pass without a copy in another dtype. CPU-GPU sync."""
+    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def fill(model, folder, place, ignore=(), aliases=None):
     """Give every parameter of `model` (of `place.construct`) the tensor of that name in `folder`; place: `OnDevice`.
 
-    ignore: patterns of names in the file that belong to no parameter and are known to be of no use.
-    aliases: {name in the file: name of the parameter}, for tied weights; where both are in the file the alias wins,
-    as in the original.
+    ignore, aliases: see `matched`.
     Raises UserError listing missing, unexpected and mis-shaped names, and tensors with inf or nan in them.
     """
-    parameters, aliases, seen = dict(model.named_parameters()), aliases or {}, set()
-    missing, unexpected, misshaped, not_finite = problems = [], [], [], []
-    for name, tensor in iter_tensors(folder):
-        if any(re.search(pattern, name) for pattern in ignore):
-            continue
-        target = aliases.get(name, name)
-        if target not in parameters:
-            unexpected.append(name)
-        elif tensor.shape != full_shape(parameters[target]) or not tensor.is_floating_point():
-            misshaped.append(_misfit(name, tensor, parameters[target]))
-        elif target in seen and name == target and target in aliases.values():
-            pass  # ChatGLM-6B's files hold the tied matrix twice; lm_head.weight, its alias, has been read already
-        elif not place.assign(model, target, tensor):
-            not_finite.append(name)
-        seen.add(target)
-    missing += [name for name in parameters if name not in seen]
+    shapes = {name: full_shape(parameter) for name, parameter in model.named_parameters()}
+    problems = [], [], [], []
+    for name, parameter, tensor in matched(shapes, folder, ignore, aliases or {}, problems):
+        if parameter and not place.assign(model, parameter, tensor):
+            problems[-1].append(name)
     if any(problems):
-        raise _do_not_fit(folder, place, problems)
+        raise do_not_fit(folder, place.dtype, problems)
 
 
-def _misfit(name, tensor, parameter):
+def matched(shapes, folder, ignore, aliases, problems):
+    """Yield (name in the file, its parameter or None, tensor) of all weights in `folder` that fit.
+
+    shapes: {parameter: shape}. ignore: patterns of names in the file that belong to no parameter and are of no use.
+    aliases: {name in the file: parameter}, for tied weights; where both are in the file the alias wins, as in the
+    original. problems: three lists to which missing, unexpected and mis-shaped names are added, and a fourth.
+    """
+    seen, (missing, unexpected, misshaped, _) = set(), problems
+    for name, tensor in iter_tensors(folder):
+        target = aliases.get(name, name)
+        if any(re.search(pattern, name) for pattern in ignore):
+            yield name, None, tensor
+        elif target not in shapes:
+            unexpected.append(name)
+        elif tensor.shape != shapes[target] or not tensor.is_floating_point():
+            misshaped.append(_misfit(name, tensor, shapes[target]))
+        else:  # ChatGLM-6B's files hold the tied matrix twice; lm_head.weight, its alias, has been read already
+            yield name, None if target in seen and name == target in aliases.values() else target, tensor
+        seen.add(target)
+    missing += [name for name in shapes if name not in seen]
+
+
+def _misfit(name, tensor, shape):
     if not tensor.is_floating_point():
         return f"{name}: {tensor.dtype} in the file (quantised?), a floating-point type expected"
-    return f"{name}: {tuple(tensor.shape)} in the file, {tuple(full_shape(parameter))} expected"
+    return f"{name}: {tuple(tensor.shape)} in the file, {tuple(shape)} expected"
 
 
-def _do_not_fit(folder, place, problems):
-    not_finite = f"inf or nan among the values, as {DTYPE_NAMES[place.dtype]}"
+def do_not_fit(folder, dtype, problems):
+    """The UserError of the four lists of `matched`."""
+    not_finite = f"inf or nan among the values, as {DTYPE_NAMES[dtype]}"
     lines = [
         f"\n  {kind} ({len(names)}): {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
         for kind, names in zip(("missing", "unexpected", "wrong shape or type", not_finite), problems)

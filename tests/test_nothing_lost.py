@@ -204,9 +204,28 @@ def test_a_damaged_adapter_is_named_with_what_is_wrong(adapter, damage, parts):
 def test_an_adapter_of_another_base_is_refused(adapter, tmp_path, changes):
     base = make_checkpoint("glm3", tmp_path / "other", **changes)
     refused(
-        lambda: build.load_model_folder(build.find_model_folder(adapter, base=base), "fp32", CPU),
+        lambda: build.load_model_folder(build.find_model_folder(adapter, base=base, force=True), "fp32", CPU),
         "does not fit the base",
     )
+
+
+def test_an_adapter_on_other_weights_of_the_same_shape_is_refused_unless_forced(adapter, tmp_path, capsys):
+    base = make_checkpoint("glm3", tmp_path / "other")
+    tensors = load_file(base / "model.safetensors")
+    name = "transformer.encoder.layers.1.mlp.dense_4h_to_h.weight"
+    save_file(
+        {**tensors, name: tensors[name] + 0.001}, base / "model.safetensors"
+    )  # as after a LoRA was merged into it
+    parts = str(base), "are others now", "--ori_model_dir", "--force"
+    refused(lambda: build.find_model_folder(adapter, base=base), *parts)
+    assert build.find_model_folder(adapter, base=base, force=True).base == base
+    assert "--force takes them" in capsys.readouterr().err
+    torch.save(tensors, base / "pytorch_model.bin")  # the right weights in another kind of file
+    (base / "model.safetensors").unlink()
+    assert build.find_model_folder(adapter, base=base).base == base and not capsys.readouterr().err
+    json_fields("train_config.json", base_fingerprint=None)(adapter)  # of an earlier version
+    build.find_model_folder(adapter, base=base)
+    assert "does not say what its base was like" in capsys.readouterr().err
 
 
 def test_an_adapter_whose_base_is_gone_says_where_it_was_and_which_flag_helps(adapter):

@@ -15,6 +15,7 @@ class PredictConfig(Flags):
     model_path: str = flag("a base checkpoint, a trained or merged folder, or an adapter folder", "output_dir/")
     mode: str | None = flag("glm, glm2 or glm3; default: recorded at training", None)
     ori_model_dir: str | None = flag("base of an adapter; default: the one recorded with it", None)
+    force: bool = flag("take a base whose weights are not those of the training", False)
     instruction: str | None = flag("ask this one question", None)
     input: str = flag("appended to --instruction", "")
     test_path: str | None = flag("answer every row of these files, in any format of the training data", None)

@@ -13,4 +13,5 @@ class MergeConfig(Flags):
     ori_model_dir: str | None = flag("base checkpoint; default: the one recorded with the adapter", None)
     mode: str | None = flag("glm, glm2 or glm3; default: recorded with the adapter", None)
     output_dir: str | None = flag("folder to write; default: <model_dir>-merged", None)
+    force: bool = flag("take a base whose weights are not those of the training", False)
     dtype: str | None = flag("bf16, fp16 or fp32 of the written weights; default: the base's", None, PRECISIONS)

@@ -1,6 +1,8 @@
-"""Base + LoRA adapter -> a checkpoint folder like any other, proved before it gets its name.
+"""Base + LoRA adapter -> a checkpoint folder like any other, tensor by tensor, proved before it gets its name.
 
 merge(folder, Path("output-merged"))        # folder: ModelFolder of an adapter
+
+No model is built: of a 6B base a shard of the result and the sum being formed are in memory, whatever its size.
 """
 
 import os
@@ -9,14 +11,20 @@ from collections import Counter
 from contextlib import contextmanager
 
 import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
 from tqdm import tqdm
 
 from glm_finetune import build
-from glm_finetune.convert.proof import TOLERANCE, check_sum, check_written, compare, sample
+from glm_finetune.convert.proof import TOLERANCE, check_sum, compare, empty_model, is_empty, probe
 from glm_finetune.errors import UserError
 from glm_finetune.models.original import DTYPE_NAMES, DTYPES
 from glm_finetune.record import merged_record, write_record
-from glm_finetune.weights import file_dtypes
+from glm_finetune.tuning.adapter import load_adapter
+from glm_finetune.weights import do_not_fit, is_finite, matched, write_json, write_sharded
+
+SHARD_BYTES = 10**9  # of the result, of which one is held
+PEFTS = ("base_model.model.", ".modules_to_save.default", ".base_layer")  # what peft puts into names
 
 
 def check_target(target, adapter):
@@ -25,6 +33,14 @@ def check_target(target, adapter):
         raise UserError(f"--output_dir {target} exists. Give another folder or remove it.")
     if adapter.resolve() in [target.resolve(), *target.resolve().parents]:
         raise UserError(f"--output_dir {target} lies in the adapter's folder, which is never written to.")
+
+
+def check_room(target, base):
+    """Raise UserError unless the disk has room for another base."""
+    needed = sum(path.stat().st_size for kind in ("*.safetensors", "*.bin") for path in base.glob(kind))
+    place = next(parent for parent in target.resolve().parents if parent.is_dir())
+    if (free := shutil.disk_usage(place).free) < needed:
+        raise UserError(f"--output_dir {target}: needs {needed / 1e9:.1f} GB, {place} has {free / 1e9:.1f} GB left.")
 
 
 @contextmanager
@@ -48,19 +64,18 @@ def merge(folder, target, dtype_name=None):
     the sum is not base + adapter; then nothing is left of it.
     """
     check_target(target, folder.adapter)
+    check_room(target, folder.base)
     temporary = target.with_name(f"tmp-{target.name}")
-    dtypes = file_dtypes(folder.base)
-    dtype = DTYPES[dtype_name] if dtype_name else Counter(dtypes.values()).most_common(1)[0][0]
-    with claimed(temporary):
-        tokenizer, model = build.load_model_folder(folder, "fp32", "cpu")
-        samples = sample(model, tokenizer, folder)
-        model = model.merge_and_unload()
-        check_sum(model, samples)
-        write(model, folder, temporary, tokenizer, dtype, {} if dtype_name else dtypes)
-        check_written(model, temporary)
-        del model  # 4 bytes a parameter; the written one is loaded next
-        written = folder.mode.model.from_pretrained(temporary, dtype=torch.float32)
-        difference, scale, agreement = compare(written, samples)
+    tokenizer, config = build.check_base(folder.mode, folder.base)
+    with claimed(temporary), torch.inference_mode():
+        network = empty_model(folder.mode, config)
+        shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
+        adapted, counts = load_adapter(network, folder.adapter), Counter()
+        tensors = summed(parts_of(adapted), shapes, network, folder.base, DTYPES.get(dtype_name), counts)
+        write_sharded(tqdm(tensors, total=len(shapes), desc="merge", unit=" tensors"), temporary, SHARD_BYTES)
+        dtype = counts.most_common(1)[0][0]
+        write_beside(folder, temporary, tokenizer, network.config.to_original(torch_dtype=DTYPE_NAMES[dtype]))
+        difference, scale, agreement = compare(folder, network, temporary, tokenizer)
         print(
             f"merged vs adapter: largest logit difference {difference:.2e} (largest logit {scale:.1f}, written as "
             f"{DTYPE_NAMES[dtype]}), greedy agreement {100 * agreement:.1f}%"
@@ -71,10 +86,62 @@ def merge(folder, target, dtype_name=None):
         os.replace(temporary, target)
 
 
-def write(model, source, folder, tokenizer, dtype, dtypes):
-    """The merged model, tokenizer, record and what else the base has (the original's code as *.py files)."""
-    tensors = tqdm([*model.named_parameters()], desc="write", unit=" tensors")
-    model.save_weights(folder, tensors, dtype, dtypes)
+def parts_of(adapted):
+    """{parameter of the base: the LoRA layer that changes it, or the tensor that takes its place (modules to save)}."""
+    parts = {}
+    for name, module in adapted.named_modules():
+        if isinstance(module, LoraLayer):
+            parts[_plain(f"{name}.weight")] = module
+    for name, parameter in adapted.named_parameters():
+        if not is_empty(parameter) and "lora_" not in name:
+            parts[_plain(name)] = parameter.data
+    return parts
+
+
+def _plain(name):
+    for part in PEFTS:
+        name = name.replace(part, "")
+    return name
+
+
+def summed(parts, shapes, network, base, dtype, counts):
+    """Yield (name, tensor) of the merged files: the base's, or the fp32 sum, rounded once. counts: of the dtypes.
+
+    Raises UserError for names and shapes that do not fit, and for a sum that is not finite or not base + adapter.
+    """
+    aliases, problems = network.tied_names(), ([], [], [], [])
+    for name, _, tensor in matched(shapes, base, network.ignored_in_file, aliases, problems):
+        target = aliases.get(name, name)
+        result = sum_of(parts[target], tensor, name) if target in parts else tensor
+        result = result.to(dtype or tensor.dtype) if tensor.is_floating_point() else result
+        counts[result.dtype] += result.numel()
+        yield name, result.clone() if name in aliases else result  # files do not share memory
+    if any(problems):
+        raise do_not_fit(base, dtype or torch.float32, problems)
+
+
+def sum_of(part, tensor, name):
+    """The fp32 sum of a base's tensor and what the adapter has for it. part: of `parts_of`."""
+    if isinstance(part, torch.Tensor):
+        return part
+    layer = part.get_base_layer()
+    meta = {key: value for key, value in layer._parameters.items() if value is not None}
+    layer._parameters.update(dict.fromkeys(meta))  # a bias is not part of the sum, and has no values here
+    layer.weight = nn.Parameter(tensor.float(), requires_grad=False)
+    before = probe(part)
+    part.merge()
+    result, after = layer.weight.data, probe(layer)
+    part.merged_adapters.clear()
+    layer._parameters.update(meta)
+    check_sum(name, before, after)
+    if not is_finite(result):
+        raise UserError(f"{name}: base + adapter is not finite; nothing was written.")
+    return result
+
+
+def write_beside(source, folder, tokenizer, fields):
+    """Configuration, tokenizer, record and what else the base has (the original's code as *.py files)."""
+    write_json(fields, folder / "config.json")
     tokenizer.save_pretrained(folder)
     for path in [*source.base.glob("*.py"), *source.base.glob("generation_config.json")]:
         shutil.copyfile(path, folder / path.name)

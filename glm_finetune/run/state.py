@@ -87,9 +87,9 @@ def restore(engine, folder, batch, seed, device):
     Raises UserError if the parameters that learn are not those of the state.
     """
     folder = Path(folder) / FOLDER
-    record, files = weights.read_json(folder / "progress.json"), weights.tensor_files(folder)
+    record, tensors = weights.read_json(folder / "progress.json"), weights.open_tensors(folder)
     names = {name for name, _ in learning(engine.module)}
-    if different := names ^ {key.partition(".")[2] for key in files}:
+    if different := names ^ {key.partition(".")[2] for key in tensors}:
         raise UserError(f"--resume: what learns is not what learnt there: {', '.join(sorted(different)[:4])}, ...")
     for group in engine.optimizer.param_groups:
         group["lr"] = 0.0
@@ -99,7 +99,7 @@ def restore(engine, folder, batch, seed, device):
     _link_moments(engine)
     for name, parameter in learning(engine.module):
         keys = [f"{key}.{name}" for key in ("master", *MOMENTS)]  # of one parameter at a time: each rank reads them
-        _set(parameter, *(weights.read_tensor(files[key], key).to(device) for key in keys))
+        _set(parameter, *(tensors[key]().to(device) for key in keys))
     for state in engine.basic_optimizer.state.values():
         if "step" in state:
             state["step"].fill_(record["updates"])

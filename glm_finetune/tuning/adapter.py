@@ -52,7 +52,8 @@ def load_adapter(model, folder):
     names = {name for name, _ in iter_file(files[0])}
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
-            model = PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device)).eval()
+            place = dict(torch_device=str(model.device), low_cpu_mem_usage=True)
+            model = PeftModel.from_pretrained(model, str(folder), **place).eval()
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"{folder}: the adapter does not fit the base model: {str(error)[:400]}") from error
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))

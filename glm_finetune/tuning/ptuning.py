@@ -14,7 +14,7 @@ import torch
 from glm_finetune.errors import UserError
 from glm_finetune.models import prefixes
 from glm_finetune.models.prefixes import PromptEncoder
-from glm_finetune.weights import file_dtypes, iter_tensors, read_json, write_json
+from glm_finetune.weights import iter_tensors, open_tensors, read_json, write_json
 
 PREFIX = "transformer.prefix_encoder."
 PROMPT = "transformer.prompt_encoder."
@@ -83,7 +83,7 @@ def is_prefix_folder(folder):
         return False
     if not any((Path(folder) / name).is_file() for name in (WEIGHT_FILE, "model.safetensors")):
         return False
-    return all(name.startswith((PREFIX, PROMPT)) for name in file_dtypes(folder))
+    return all(name.startswith((PREFIX, PROMPT)) for name in open_tensors(folder))
 
 
 def load_prefix(model, folder):
