@@ -20,7 +20,8 @@ from glm_finetune.flags import parse
 
 def main():
     config = parse(MergeConfig, sys.argv[1:], __doc__)
-    folder = build.find_model_folder(config.model_dir, config.mode, config.ori_model_dir, force=config.force)
+    given = dict(force=config.force, rope_rule=config.rope_rule)
+    folder = build.find_model_folder(config.model_dir, config.mode, config.ori_model_dir, **given)
     if folder.adapter is None or folder.is_prefix:
         raise UserError(
             f"--model_dir {config.model_dir}: no LoRA adapter (adapter_config.json without config.json beside it)."

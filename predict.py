@@ -16,6 +16,7 @@ from tqdm import tqdm
 from glm_finetune import build, dist, exits
 from glm_finetune.answer import answers
 from glm_finetune.answer.chat import converse
+from glm_finetune.answer.decoder import Decoder, Printer
 from glm_finetune.answer.flags import MIN_PROMPT, PredictConfig
 from glm_finetune.data.samples import read_questions
 from glm_finetune.errors import UserError, naming
@@ -23,19 +24,23 @@ from glm_finetune.evaluate.metrics import triple_scores
 from glm_finetune.flags import parse
 from glm_finetune.generator import generate, sampling_of
 from glm_finetune.modes.spec import Limits
+from glm_finetune.weights import LARGE_BYTES, weight_bytes
 
 
 def main():
     config = parse(PredictConfig, sys.argv[1:], __doc__)
     device = dist.choose_device(config.device)
-    precision = dist.choose_precision(config.precision, device)
-    folder = build.find_model_folder(config.model_path, config.mode, config.ori_model_dir, config, config.force)
+    where = config.model_path, config.mode, config.ori_model_dir
+    folder = build.find_model_folder(*where, flags=config, force=config.force, rope_rule=config.rope_rule)
+    is_large = weight_bytes(folder.base) > LARGE_BYTES
+    precision, why = dist.choose_precision(config.precision, device, is_large)
     config.max_length = length_of(config, folder)
     rows = list(read_questions(config, folder.prompt.prompt_text)) if config.test_path else []
     path, settings = answers.output_path(config, folder), answers.settings_of(config, folder, precision)
     done = answers.answered(path, rows, config, settings) if config.test_path else []
     dist.seed_all(config.seed)
-    tokenizer, model = build.load_model_folder(folder, precision, device)
+    print(f"{device}, {precision} ({why})", file=sys.stderr)
+    tokenizer, model = build.load_model_folder(folder, precision, device, config.quantization_bit)
     if config.chat:
         converse(model, tokenizer, folder.mode, folder.prompt.template, config)
     elif config.test_path:
@@ -43,8 +48,8 @@ def main():
         answer_file(model, tokenizer, folder, config, rows, path, done)
     else:
         messages = [{"role": "user", "content": config.instruction + config.input}]
-        (answer,), num_cut = answer_batch(model, tokenizer, folder, config, [("the question", messages)])
-        print(answer)
+        _, num_cut = answer_batch(model, tokenizer, folder, config, [("the question", messages)], Printer())
+        print()
         if num_cut:
             print(f"the question was cut to fit --max_length {config.max_length}", file=sys.stderr)
 
@@ -55,9 +60,12 @@ def length_of(config, folder):
     Raises UserError for more than that.
     """
     context, needed = folder.context(), (config.max_new_tokens or 0) + MIN_PROMPT
+    if config.allow_longer:
+        return config.max_length
     if "max_length" in config.given and config.max_length > context:
         raise UserError(
-            f"--max_length {config.max_length}: {folder.base} was made for {context} tokens (its config.json)."
+            f"--max_length {config.max_length}: {folder.base} was made for {context} tokens (its config.json). Lower "
+            "it, or add --allow_longer."
         )
     if needed > context:
         raise UserError(
@@ -67,9 +75,10 @@ def length_of(config, folder):
     return min(config.max_length, context)
 
 
-def answer_batch(model, tokenizer, folder, config, conversations):
+def answer_batch(model, tokenizer, folder, config, conversations, on_text=None):
     """(answers, number of questions cut to fit) for a list of (where, messages), generated together.
 
+    on_text: called with each piece of the only answer as it is made, blanks around it included.
     Raises UserError naming `where` for one that cannot be cut to fit.
     """
     room = config.max_new_tokens or config.max_length // 4  # kept free for the answer when a question is too long
@@ -81,7 +90,11 @@ def answer_batch(model, tokenizer, folder, config, conversations):
             rendered.append(folder.mode.render(tokenizer, messages, limits, template))
     prompts = [one.input_ids for one in rendered]
     lengths = [config.max_new_tokens or config.max_length - len(prompt) for prompt in prompts]
-    rows = generate(model, tokenizer, folder.mode, prompts, lengths, **sampling_of(config))
+    decoder = Decoder(tokenizer)
+    on_token = on_text and (lambda token: on_text(decoder.push(token)))
+    rows = generate(model, tokenizer, folder.mode, prompts, lengths, on_token, **sampling_of(config))
+    if on_text:
+        on_text(decoder.finish())
     texts = [tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip() for ids in rows]
     return texts, sum(one.question_cut for one in rendered)
 

@@ -15,33 +15,32 @@ from glm_finetune.modes import MODE, mode_of, refuse_architecture, refuse_others
 from glm_finetune.record import Prompt, prompt_of, read_record
 from glm_finetune.tuning.adapter import load_adapter
 from glm_finetune.tuning.ptuning import is_prefix_folder, load_prefix
+from glm_finetune.tuning.quantize import Quantized
 from glm_finetune.weights import OnDevice, fingerprint, read_json, weight_files
 
 
-def check_base(mode, folder, max_len=0):
+def check_base(mode, folder, rope_rule=None, max_len=0):
     """Tokenizer and model configuration of a base folder, without its weights. max_len: tokens it must be able to take.
     Raises UserError if the folder lacks a file, is of another mode, or its tokenizer belongs to another model.
     """
-    config = config_of(mode, folder)
+    config = config_of(mode, folder, rope_rule)
     weight_files(folder)
-    if config.source.get("quantization_bit") or config.source.get("rope_ratio", 1) != 1:
-        _refuse_variant(folder, config.source)
     refuse_others(mode, folder, config.source)
     if max_len > config.max_positions:
-        raise UserError(f"--max_len {max_len}: {folder} was made for {config.max_positions} tokens (its config.json).")
+        raise too_long(f"--max_len {max_len}", folder, config)
     tokenizer = mode.tokenizer.from_pretrained(folder)
     for problem in _of_another(tokenizer, config):
         raise UserError(f"{folder}: {problem} belongs to another checkpoint.")
     return tokenizer, config
 
 
-def _refuse_variant(folder, source):
-    if bits := source.get("quantization_bit"):
-        raise UserError(
-            f"{folder}: quantised to {bits} bits (its config.json); give the original checkpoint in 16 bit."
-        )
-    stretched = "models with stretched positions (the 32k variants) are not supported"
-    raise UserError(f"{folder}: rope_ratio is {source['rope_ratio']} in its config.json; {stretched}.")
+def too_long(flag, folder, config):
+    """The UserError of more tokens than the base of a configuration was made for. flag: with its value."""
+    made = f"{folder} was made for {config.max_positions} tokens (its config.json)"
+    return UserError(
+        f"{flag}: {made}. Lower it, take a long-context variant, or add --allow_longer: its answers get worse beyond "
+        "unless it is trained there."
+    )
 
 
 def _of_another(tokenizer, config):
@@ -54,16 +53,27 @@ def _of_another(tokenizer, config):
             yield f"{field} is {config.source[field]} in config.json and {own} in {file}: the tokenizer"
 
 
-def config_of(mode, folder):
+def config_of(mode, folder, rope_rule=None):
     """The configuration of a base folder. Raises UserError if there is none or it is of another architecture."""
     if (path := Path(folder) / "config.json").is_file():
         refuse_architecture(mode, path, read_json(path))
-    return mode.config.from_pretrained(folder)
+    config = mode.config.from_pretrained(folder).stretch(folder, _rule_of(mode, rope_rule))
+    if bits := config.source.get("quantization_bit"):
+        quantised = f"{folder}: quantised to {bits} bits (its config.json)"
+        raise UserError(f"{quantised}; give the original checkpoint in 16 bit.")
+    if rope_rule and config.rope_ratio == 1:
+        raise UserError(f"--rope_rule {rope_rule}: {folder} has no rope_ratio in its config.json. Leave it out.")
+    return config
 
 
-def load_base(mode, folder, place, gradient_checkpointing=False):
+def _rule_of(mode, rope_rule):
+    """The rule that was asked for, or the mode's, which holds where the checkpoint itself says none."""
+    return rope_rule or mode.rope_rule and f"{mode.rope_rule}?"
+
+
+def load_base(mode, folder, place, gradient_checkpointing=False, rope_rule=None):
     """The base model in eval mode, its weights at `place`. Raises UserError for weights that do not fit."""
-    model = mode.model.from_pretrained(folder, place=place)
+    model = mode.model.from_pretrained(folder, place=place, rope_rule=_rule_of(mode, rope_rule))
     if gradient_checkpointing:
         enable_checkpointing(model)
     return model
@@ -74,7 +84,7 @@ class ModelFolder:
     """What a folder is that holds a model, or a part of one: a base, one trained or merged here, or an adapter.
 
     adapter: folder of a LoRA adapter or (is_prefix) a P-tuning prefix, or None. is_bare: not made by this project.
-    prompt: of its training.
+    prompt: of its training. rope_rule: asked for, or of its training.
     """
 
     mode: object
@@ -83,18 +93,23 @@ class ModelFolder:
     prompt: Prompt
     is_bare: bool
     is_prefix: bool
+    rope_rule: str | None = None
+
+    def check_base(self, max_len=0):
+        """Tokenizer and configuration of its base, see `check_base`."""
+        return check_base(self.mode, self.base, self.rope_rule, max_len)
 
     def context(self):
         """Tokens of prompt and answer that the model was made for; a P-tuning prompt of version 1 takes its share."""
         taken = (read_json(self.adapter / "config.json").get("prompt_len") or 0) if self.is_prefix else 0
-        return config_of(self.mode, self.base).max_positions - taken
+        return config_of(self.mode, self.base, self.rope_rule).max_positions - taken
 
 
-def find_model_folder(folder, mode_name=None, base=None, flags=None, force=False):
+def find_model_folder(folder, mode_name=None, base=None, flags=None, force=False, rope_rule=None):
     """Look at a folder (of this project or plain peft) -> ModelFolder.
 
     mode_name, base: replace what it says. flags: an object with the names of Prompt; what is not None there replaces
-    the recorded prompt. force: take a base that is not the one of the training.
+    the recorded prompt. force: take a base that is not the one of the training. rope_rule: instead of the training's.
     Raises UserError saying what is missing and which flag gives it, or that the base is another one.
     """
     folder = Path(folder)
@@ -118,7 +133,8 @@ def find_model_folder(folder, mode_name=None, base=None, flags=None, force=False
     if is_adapter:
         _check_fingerprint(folder, record, base, force)
     is_bare = not record and not is_adapter
-    return ModelFolder(mode, base, folder if is_adapter else None, prompt, is_bare, is_prefix)
+    rope_rule = rope_rule or (record.get("flags", {}).get("rope_rule") if is_adapter else None)
+    return ModelFolder(mode, base, folder if is_adapter else None, prompt, is_bare, is_prefix, rope_rule)
 
 
 def _check_fingerprint(folder, record, base, force):
@@ -153,10 +169,11 @@ def _mode_of(base):
     return mode_of(read_json(base / "config.json"), base.resolve().name)
 
 
-def load_model_folder(folder, precision, device):
-    """Tokenizer and model of a ModelFolder, ready to generate."""
-    tokenizer, _ = check_base(folder.mode, folder.base)
-    model = load_base(folder.mode, folder.base, OnDevice(DTYPES[precision], device))
+def load_model_folder(folder, precision, device, bits=None):
+    """Tokenizer and model of a ModelFolder, ready to generate. bits: 4 or 8 of the base's weights, else `precision`."""
+    (tokenizer, _), given = folder.check_base(), (DTYPES[precision], device)
+    place = Quantized(*given, bits) if bits else OnDevice(*given)
+    model = load_base(folder.mode, folder.base, place, rope_rule=folder.rope_rule)
     if folder.adapter is None:
         return tokenizer, model
     return tokenizer, load_prefix(model, folder.adapter) if folder.is_prefix else load_adapter(model, folder.adapter)

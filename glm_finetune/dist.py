@@ -54,6 +54,11 @@ def _refuse_environment(rank, world_size, missing):
     )
 
 
+def local_size():
+    """Number of ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
 def is_main():
     """Whether this is rank 0 of all nodes."""
     return launched()[0] == 0
@@ -132,7 +137,7 @@ def choose_device(wanted=None, cudnn_attention=False):
 
 def _choose_card(wanted, num_cards):
     index = int(os.environ.get("LOCAL_RANK", 0))
-    last = max(index, int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)  # every rank sees it if any has no card
+    last = max(index, local_size() - 1)  # every rank sees it if any has no card
     if wanted != "cuda":
         if not str(wanted).isdecimal():
             raise UserError(f"--device {wanted}: expected cpu, cuda or the number of a card.")
@@ -152,13 +157,23 @@ def _no_precision(wanted, device):
     return UserError(f"--precision bf16: {torch.cuda.get_device_name(device)} has no bf16. Use fp16 or fp32.")
 
 
-def choose_precision(wanted, device):
-    """bf16, fp16 or fp32: what was asked for, or the best of `device`. Raises UserError for what it cannot train in."""
+def choose_precision(wanted, device, is_large=False):
+    """(bf16, fp16 or fp32, why): what was asked for, or the best of `device` for a model that is large or not.
+
+    Raises UserError for what the device cannot train in.
+    """
     # A card computes in bf16 from compute capability 8.0 (Ampere) on; torch also counts slow emulation.
     old_card = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
     if (wanted == "fp16" and device.type == "cpu") or (wanted == "bf16" and old_card):
         raise _no_precision(wanted, device)
-    return wanted or ("fp32" if device.type == "cpu" else "fp16" if old_card else "bf16")
+    if wanted:
+        return wanted, "asked for"
+    if device.type == "cuda":
+        return ("fp16", "the card has no bf16") if old_card else ("bf16", "the card has it")
+    if not is_large:
+        return "fp32", "a small model on a CPU"
+    has_bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return ("bf16", "a large model on a CPU") if has_bf16 else ("fp32", "this processor has no bf16")
 
 
 def seed_all(seed):

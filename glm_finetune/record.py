@@ -25,11 +25,7 @@ PACKAGES = ("torch", "transformers", "peft", "deepspeed", "sentencepiece")
 # The data flags, all of which shape a run's samples, with what was done in checkpoints from before a flag was there.
 SAMPLES = {item.name: item.default for item in dataclasses.fields(DataFlags)}
 SAMPLES |= {"end_cut_answers": True, "objective": "instruct"}
-ORDER = (
-    "group_by_length",
-    "streaming",
-    "shuffle_buffer",
-)  # flags that decide the order of the data, where they are set
+WHERE_SET = ("group_by_length", "streaming", "shuffle_buffer", "rope_rule")  # flags of the identity, where they are set
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ def train_record(config, train_type, tokenizer, world_size):
             "tokenizer": describe(tokenizer.folder / tokenizer.model_file)["sha256"][:16],
             "base": describe(Path(config.model_name_or_path) / "config.json")["sha256"][:16],
             **{name: getattr(config, name) for name in (*SAMPLES, "seed", *train_type.identity)},
-            **{name: getattr(config, name) for name in ORDER if getattr(config, name)},
+            **{name: getattr(config, name) for name in WHERE_SET if getattr(config, name)},
         },
         "flags": dataclasses.asdict(config),
         "given": sorted(config.given),

@@ -20,12 +20,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from glm_finetune import dist, host
+from glm_finetune.bars import counted
 from glm_finetune.errors import NotWritten, OutOfMemory, UserError
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 MAX_SHARD_BYTES = 2 * 10**9  # the originals' shard size
+LARGE_BYTES = 2**31  # of a checkpoint; a larger one is not turned into fp32 unless asked for
+TOO_LARGE = (
+    "Use --precision bf16, --train_type qlora (predict.py: --quantization_bit 4), or a machine with more memory."
+)
 NOT_PLAIN = (
     "refused, it does not hold plain tensors. It is damaged, a git-lfs pointer (then: git lfs pull), or a pickle with "
     "objects in it, which could run any code."
@@ -39,6 +45,11 @@ def weight_files(folder):
     if not names:
         raise _no_weights(folder)
     return _shards(folder, names[0]) if names[0] in INDEX_FILES else [folder / names[0]]
+
+
+def weight_bytes(folder):
+    """Bytes of the weight files in a folder, 0 without any."""
+    return sum(path.stat().st_size for kind in ("*.safetensors", "*.bin") for path in Path(folder).glob(kind))
 
 
 def _no_weights(folder):
@@ -95,8 +106,8 @@ def _unreadable(path, error):
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
     if is_out_of_memory(error):
         return OutOfMemory(
-            f"{path}: out of host memory while reading it ({reason}). Close other programs, start "
-            "fewer processes on this machine, or use one with more memory."
+            f"{path}: out of host memory while reading it ({reason}; {host.free_bytes() / 2**30:.1f} GiB are free). "
+            f"Close other programs, start fewer processes on this machine. {TOO_LARGE}"
         )
     return UserError(
         f"{path}: the file is damaged or not a weight file ({reason}). Copy it again and "
@@ -182,6 +193,11 @@ class OnDevice:
 
     dtype: torch.dtype
     device: torch.device
+    verb = "read"  # what is done to them on the way
+
+    def host_bytes(self, num_elements):
+        """Memory of this machine that so many weights take, on all its ranks."""
+        return num_elements * self.dtype.itemsize * dist.local_size() if self.device.type == "cpu" else 0
 
     def construct(self, build):
         with torch.device("meta"):
@@ -211,12 +227,19 @@ def is_finite(tensor):
 def fill(model, folder, place, ignore=(), aliases=None):
     """Give every parameter of `model` (of `place.construct`) the tensor of that name in `folder`; place: `OnDevice`.
 
-    ignore, aliases: see `matched`.
-    Raises UserError listing missing, unexpected and mis-shaped names, and tensors with inf or nan in them.
+    ignore, aliases: see `matched`. Under ZeRO-3 all ranks must call.
+    Raises UserError listing missing, unexpected and mis-shaped names, and tensors with inf or nan in them, or before
+    anything is read if they take more memory than is free.
     """
     shapes = {name: full_shape(parameter) for name, parameter in model.named_parameters()}
+    num_bytes, what = (
+        place.host_bytes(sum(map(full_size, model.parameters()))),
+        f"{folder} as {DTYPE_NAMES[place.dtype]}",
+    )
+    dist.on_main(host.check_fits, num_bytes, what, TOO_LARGE)
     problems = [], [], [], []
-    for name, parameter, tensor in matched(shapes, folder, ignore, aliases or {}, problems):
+    fitting = matched(shapes, folder, ignore, aliases or {}, problems)
+    for name, parameter, tensor in counted(fitting, f"{place.verb} {what}", weight_bytes(folder)):
         if parameter and not place.assign(model, parameter, tensor):
             problems[-1].append(name)
     if any(problems):

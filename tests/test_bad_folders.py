@@ -29,7 +29,7 @@ def damaged(checkpoints, tmp_path):
     def load(mode, damage, under=None):
         folder = Path(shutil.copytree(checkpoints[mode], tmp_path / "base"))
         damage(folder)
-        build.check_base(MODE[under or mode], folder, 200)
+        build.check_base(MODE[under or mode], folder, max_len=200)
         build.load_base(MODE[under or mode], folder, weights.OnDevice(torch.float32, CPU))
 
     return load

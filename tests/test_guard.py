@@ -57,7 +57,7 @@ def fp16_main(arguments, *poison):
 
     from glm_finetune import dist
 
-    dist.choose_precision = lambda wanted, device: "fp16"
+    dist.choose_precision = lambda *_: ("fp16", "")
     accelerator = get_accelerator()
     accelerator.supported_dtypes = lambda: [torch.float32, torch.float16]
     accelerator.is_fp16_supported = lambda: True

@@ -23,7 +23,7 @@ TESTS = sorted(ROOT.glob("tests/**/*.py"))
 
 # Who may import whom: a module may import those of lower levels, and those of its own level.
 LEVELS = (
-    ("errors", "flags", "dist", "exits", "weights"),
+    ("errors", "flags", "dist", "bars", "host", "exits", "weights"),
     ("models",),
     ("modes", "tuning"),
     ("data",),

@@ -18,6 +18,7 @@ from glm_finetune.weights import read_json, write_json, write_text
 
 ELSEWHERE = "Give another --output_path, or --overwrite to answer everything again."
 NAMES = "max_length max_new_tokens do_sample top_p temperature num_beams seed truncation data_format columns"
+NAMES += " quantization_bit"
 
 
 def output_path(config, folder):

@@ -78,3 +78,16 @@ class Decoder:
 def _length(first):
     """Bytes of a UTF-8 character that begins with the byte `first`; 1 if none does."""
     return 2 if 0xC2 <= first <= 0xDF else 3 if 0xE0 <= first <= 0xEF else 4 if 0xF0 <= first <= 0xF4 else 1
+
+
+class Printer:
+    """Prints pieces of a text as they come, without the blanks around the whole."""
+
+    def __init__(self):
+        self.has_begun, self.blanks = False, ""
+
+    def __call__(self, piece):
+        text = self.blanks + piece if self.has_begun else piece.lstrip()
+        shown = text.rstrip()
+        self.has_begun, self.blanks = self.has_begun or bool(shown), text[len(shown) :]
+        print(shown, end="", flush=True)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from glm_finetune.data.flags import TEMPLATES
 from glm_finetune.flags import POSITIVE, PRECISIONS, SEED, Flags, flag
+from glm_finetune.models.rope import RULES
+from glm_finetune.modes.flags import ROPE_HELP
 
 MIN_PROMPT = 32  # tokens of a prompt in prediction, at least; fewer would cut every question to nothing
 
@@ -15,6 +17,7 @@ class PredictConfig(Flags):
     model_path: str = flag("a base checkpoint, a trained or merged folder, or an adapter folder", "output_dir/")
     mode: str | None = flag("glm, glm2 or glm3; default: recorded at training", None)
     ori_model_dir: str | None = flag("base of an adapter; default: the one recorded with it", None)
+    rope_rule: str | None = flag(f"{ROPE_HELP}; of an adapter as in its training", None, RULES)
     force: bool = flag("take a base whose weights are not those of the training", False)
     instruction: str | None = flag("ask this one question", None)
     input: str = flag("appended to --instruction", "")
@@ -39,6 +42,7 @@ class PredictConfig(Flags):
     )
     batch_size: int = flag("rows answered together", 8, POSITIVE)
     max_length: int = flag("tokens of prompt and answer together", 2048, POSITIVE)
+    allow_longer: bool = flag("let --max_length be more than the base was made for", False)
     max_new_tokens: int | None = flag("tokens of an answer; default: what --max_length leaves", None, POSITIVE)
     do_sample: bool = flag("sample instead of taking the likeliest token", False)
     top_p: float = flag("sample from the likeliest tokens that make up this probability", 0.8)
@@ -46,8 +50,11 @@ class PredictConfig(Flags):
     num_beams: int = flag("beam search with this many beams", 1, POSITIVE)
     seed: int = flag("of sampling", 1234, SEED)
     precision: str | None = flag(
-        "bf16, fp16 or fp32; default: the best the card can do (fp32 on a CPU)", None, PRECISIONS
+        "bf16, fp16 or fp32; default: the best the card can do; on a CPU bf16 for large models, fp32 for small ones",
+        None,
+        PRECISIONS,
     )
+    quantization_bit: int | None = flag("bits of the base's weights, for small cards; default: 16", None, (4, 8))
     device: str | None = flag("number of a card, cuda or cpu; default: a card where there is one", None)
     overwrite: bool = flag("answer all rows again although --output_path has some", False)
 

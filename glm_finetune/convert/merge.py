@@ -13,15 +13,14 @@ from contextlib import contextmanager
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from tqdm import tqdm
 
-from glm_finetune import build
+from glm_finetune.bars import counted
 from glm_finetune.convert.proof import TOLERANCE, check_sum, compare, empty_model, is_empty, probe
 from glm_finetune.errors import UserError
 from glm_finetune.models.original import DTYPE_NAMES, DTYPES
 from glm_finetune.record import merged_record, write_record
 from glm_finetune.tuning.adapter import load_adapter
-from glm_finetune.weights import do_not_fit, is_finite, matched, write_json, write_sharded
+from glm_finetune.weights import do_not_fit, is_finite, matched, weight_bytes, write_json, write_sharded
 
 SHARD_BYTES = 10**9  # of the result, of which one is held
 PEFTS = ("base_model.model.", ".modules_to_save.default", ".base_layer")  # what peft puts into names
@@ -37,7 +36,7 @@ def check_target(target, adapter):
 
 def check_room(target, base):
     """Raise UserError unless the disk has room for another base."""
-    needed = sum(path.stat().st_size for kind in ("*.safetensors", "*.bin") for path in base.glob(kind))
+    needed = weight_bytes(base)
     place = next(parent for parent in target.resolve().parents if parent.is_dir())
     if (free := shutil.disk_usage(place).free) < needed:
         raise UserError(f"--output_dir {target}: needs {needed / 1e9:.1f} GB, {place} has {free / 1e9:.1f} GB left.")
@@ -66,13 +65,13 @@ def merge(folder, target, dtype_name=None):
     check_target(target, folder.adapter)
     check_room(target, folder.base)
     temporary = target.with_name(f"tmp-{target.name}")
-    tokenizer, config = build.check_base(folder.mode, folder.base)
+    tokenizer, config = folder.check_base()
     with claimed(temporary), torch.inference_mode():
         network = empty_model(folder.mode, config)
         shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
         adapted, counts = load_adapter(network, folder.adapter), Counter()
         tensors = summed(parts_of(adapted), shapes, network, folder.base, DTYPES.get(dtype_name), counts)
-        write_sharded(tqdm(tensors, total=len(shapes), desc="merge", unit=" tensors"), temporary, SHARD_BYTES)
+        write_sharded(counted(tensors, "merge", weight_bytes(folder.base)), temporary, SHARD_BYTES)
         dtype = counts.most_common(1)[0][0]
         write_beside(folder, temporary, tokenizer, network.config.to_original(torch_dtype=DTYPE_NAMES[dtype]))
         difference, scale, agreement = compare(folder, network, temporary, tokenizer)

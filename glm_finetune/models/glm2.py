@@ -52,6 +52,8 @@ class ChatGLM2Config(OriginalConfig):
     prefix_projection: bool = False
     use_cache: bool = True
     tie_word_embeddings: bool = False
+    rope_ratio: float = 1.0
+    rope_rule: str | None = None
     required_fields = ("padded_vocab_size", "kv_channels", "multi_query_attention")
     attribute_map = {
         **OriginalConfig.attribute_map,
@@ -70,10 +72,10 @@ def new_norm(config):
     return norm(config.hidden_size, eps=config.layernorm_epsilon)
 
 
-def inverse_frequencies(kv_channels, device=None):
-    """theta_i = 10000^(-2i / n) of the n = E / 2 rotated dimensions: (E / 4,) fp32."""
+def inverse_frequencies(kv_channels, device=None, ratio=1.0):
+    """theta_i = (10000 ratio)^(-2i / n) of the n = E / 2 rotated dimensions: (E / 4,) fp32."""
     size = kv_channels // 2
-    return 1.0 / 10000 ** (torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
+    return 1.0 / (10000 * ratio) ** (torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
 
 
 def rotate(x, cos, sin):
@@ -174,6 +176,7 @@ class ChatGLM2ForConditionalGeneration(Network):
 
     def __init__(self, config):
         super().__init__(config)
+        assert (config.rope_ratio == 1) == (config.rope_rule is None), (config.rope_ratio, config.rope_rule)
         self.transformer = ChatGLMModel(config)
         self.post_init()
 
@@ -189,8 +192,10 @@ class ChatGLM2ForConditionalGeneration(Network):
         return self.transformer.encoder.final_layernorm(hidden) if self.config.post_layer_norm else hidden
 
     def angles(self, position_ids):
-        """(B, T) -> cos, sin (B, T, E / 4) fp32."""
-        return rotary_angles(position_ids, inverse_frequencies(self.config.kv_channels, position_ids.device))
+        """(B, T) -> cos, sin (B, T, E / 4) fp32. rope_ratio: see `rope`."""
+        config, ratios = self.config, {self.config.rope_rule: self.config.rope_ratio}
+        frequencies = inverse_frequencies(config.kv_channels, position_ids.device, ratios.get("base", 1.0))
+        return rotary_angles(position_ids / ratios.get("position", 1.0), frequencies)
 
     def layout(self, batch, embedded, num_past):
         """Positions count on from the cache. Without padding or segments attention is causal, with padding on the right

@@ -148,7 +148,7 @@ def has_flash_attention(query):
 
 
 def rotary_angles(position_ids, inv_freq):
-    """position_ids: (..., T) int64; inv_freq: (n,) fp32 -> cos, sin (..., T, n) fp32, whatever the model's dtype."""
+    """position_ids: (..., T) of any kind; inv_freq: (n,) fp32 -> cos, sin (..., T, n) fp32, not the model's dtype."""
     with torch.autocast(device_type=position_ids.device.type, enabled=False):
         angles = position_ids.float()[..., None] * inv_freq
         return angles.cos(), angles.sin()

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from glm_finetune import weights
 from glm_finetune.errors import UserError
+from glm_finetune.models.rope import choose_rule
 from glm_finetune.weights import DTYPE_NAMES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -29,6 +30,7 @@ class OriginalConfig(PreTrainedConfig):
     prefix_embedding_size = None  # of a P-Tuning v2 encoder; None: that of the keys and values
     required_fields = ()  # fields that a config.json of this architecture has and the other's lacks
     attribute_map = {"num_hidden_layers": "num_layers"}  # another name of a field
+    rope_ratio = 1.0  # a field where an architecture has long-context variants, and rope_rule with it
 
     @classmethod
     def from_pretrained(cls, folder):
@@ -41,6 +43,12 @@ class OriginalConfig(PreTrainedConfig):
         config = cls(**fields)
         config.source = fields
         return config
+
+    def stretch(self, folder, rope_rule=None):
+        """Know what a rope_ratio other than 1 means in the checkpoint `folder`, see `rope.choose_rule`."""
+        if self.rope_ratio != 1:
+            self.rope_rule = self.source["rope_rule"] = choose_rule(Path(folder), self.source, rope_rule)
+        return self
 
     @classmethod
     def _check_types(cls, fields, path):
@@ -67,14 +75,15 @@ class OriginalModel(PreTrainedModel):
     ignored_in_file = (r"\.inv_freq$",)  # rotary frequencies: the original stores and never reads them
 
     @classmethod
-    def from_pretrained(cls, folder, dtype=None, place=None):
+    def from_pretrained(cls, folder, dtype=None, place=None, rope_rule=None):
         """Load an original checkpoint folder, or one saved by this project.
 
         dtype: of every weight; default: `torch_dtype` of config.json. place: where the weights go (`weights.OnDevice`),
-        instead of whole onto the CPU as `dtype`. Peak memory is the model plus one tensor. Returns the model in eval
-        mode. Raises UserError for a folder, file, name or shape that does not fit.
+        instead of whole onto the CPU as `dtype`. rope_rule: of a long-context variant, see `rope.choose_rule`. Peak
+        memory is the model plus one tensor. Returns the model in eval mode. Raises UserError for a folder, file, name
+        or shape that does not fit, and for weights that take more memory than is free.
         """
-        config = cls.config_class.from_pretrained(folder)
+        config = cls.config_class.from_pretrained(folder).stretch(folder, rope_rule)
         dtype = dtype or getattr(torch, config.source.get("torch_dtype", "float32"))
         place = place or weights.OnDevice(dtype, torch.device("cpu"))
         model = place.construct(lambda: cls(config))

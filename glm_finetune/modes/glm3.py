@@ -127,4 +127,5 @@ GLM3 = Mode(
     lora_targets=("query_key_value",),
     released=("ChatGLM3-6B",),
     names=r"chatglm3",
+    rope_rule="base",
 )

@@ -44,6 +44,7 @@ class Mode:
     clean_response(text, history) -> (response, history) as the original's process_response.
     finish_turn(history, query, role, text) -> (response, new history): the form of a history differs between modes.
     template: how a conversation is written, see modes/template.py; render and samples are its methods.
+    rope_rule: the rule of its long-context variants (`models.rope`) where the checkpoint does not say it, or None.
     stop_token_ids(tokenizer) -> ids that end an answer.
     """
 
@@ -60,6 +61,7 @@ class Mode:
     lora_targets: tuple
     released: tuple  # its models, in words
     names: str  # pattern of what its checkpoints are called: `_name_or_path` of config.json, or their folder
+    rope_rule: str | None = None
 
     def missing_in(self, fields):
         """Fields of this mode's architecture, which modes may share, that a config.json (a dict) lacks."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Thread
 
 from glm_finetune import dist
+from glm_finetune.bars import counted
 from glm_finetune.errors import NotWritten, UserError
 from glm_finetune.record import describe, write_record
 from glm_finetune.run import state
@@ -104,7 +105,10 @@ class Saver:
         temporary = target.with_name(TEMPORARY + target.name)
         try:
             shutil.rmtree(temporary, ignore_errors=True)
+            total, title = state.num_bytes(self.engine.module), f"save {target.name}"
+            weights = counted(weights, f"{title}: weights", total[self.train_type.saves == "weights"])
             _write_model(self.engine.module, self.tokenizer, self.train_type, temporary, weights)
+            tensors = counted(tensors, f"{title}: state", total[-1])
             state.write(temporary / state.FOLDER, tensors, randoms, numbers)
             write_record(record, temporary)
             write_manifest(temporary)
@@ -157,7 +161,14 @@ WRITE = {  # TrainType.saves -> what writes it
 def write_manifest(folder):
     """manifest.json: size and SHA-256 of every file of a checkpoint, the last file to be written."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    write_json({str(path.relative_to(folder)): describe(path) for path in files}, folder / MANIFEST)
+    write_json({str(path.relative_to(folder)): describe(path) for path in _hashed(files, folder)}, folder / MANIFEST)
+
+
+def _hashed(files, folder):
+    """The paths, with a bar of their bytes."""
+    total = sum(path.stat().st_size for path in files if path.is_file())
+    name = folder.name.removeprefix(TEMPORARY)
+    return counted(files, f"hash {name}", total, lambda path: path.stat().st_size)
 
 
 def _manifest(folder):
@@ -177,9 +188,10 @@ def damage(folder, sizes_only=False):
         manifest = _manifest(folder)
     except UserError as error:
         return f"{error} The checkpoint is damaged."
-    for name, expected in manifest.items():
-        if not (path := folder / name).is_file():
-            return f"{folder}: {name} is missing."
+    if missing := [name for name in manifest if not (folder / name).is_file()]:
+        return f"{folder}: {missing[0]} is missing."
+    for path in _hashed([folder / name for name in manifest], folder):
+        expected = manifest[str(path.relative_to(folder))]
         if path.stat().st_size != expected["bytes"] or not sizes_only and describe(path) != expected:
-            return f"{folder}: {name} is damaged (its size or hash is not that of {MANIFEST})."
+            return f"{folder}: {path.relative_to(folder)} is damaged (its size or hash is not that of {MANIFEST})."
     return None

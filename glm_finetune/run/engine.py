@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from glm_finetune.bars import bar
 from glm_finetune.data.dataset import to_device
-from glm_finetune.dist import from_main, print_main
+from glm_finetune.dist import from_main, local_size, print_main
 from glm_finetune.errors import UserError
 from glm_finetune.run.optim import parameter_groups
 from glm_finetune.weights import OnDevice, is_finite
@@ -29,7 +30,8 @@ def start(device):
     """Join the other ranks: nccl on cards, gloo on CPUs. Needs `dist.launch_environment`."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
+    with bar("start DeepSpeed"):
+        import deepspeed
 
     if device.type == "cpu":
         # The shared-memory all-reduce serves inference only, and leaves 69 MB for each rank in /dev/shm for good.
@@ -88,6 +90,13 @@ class Partitioned(OnDevice):
     """
 
     ds_config: dict
+    verb = "divide"
+
+    def host_bytes(self, num_elements):
+        offloads_to = self.ds_config["zero_optimization"].get("offload_param", {}).get("device")
+        share = dist.get_world_size() if dist.is_initialized() else 1
+        whole = num_elements * self.dtype.itemsize if "cpu" in (self.device.type, offloads_to) else 0
+        return whole * local_size() / share
 
     def construct(self, build):
         offloads_to = self.ds_config["zero_optimization"].get("offload_param", {}).get("device")
@@ -121,7 +130,8 @@ def new_engine(model, ds_config, weight_decay, loraplus_ratio=None):
     import deepspeed
 
     groups = parameter_groups(model, weight_decay, loraplus_ratio)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
+    with bar("DeepSpeed: masters and moments"):
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
     if engine.fp16_enabled() and engine.optimizer.loss_scaler.dynamic:
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # the guard says what happened, or skips
     return engine

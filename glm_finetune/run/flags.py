@@ -22,6 +22,7 @@ class OutputFlags(Flags):
     )
     save_total_limit: int | None = flag("keep this many of the newest checkpoints, and the best", None, POSITIVE)
     async_save: bool = flag("write checkpoints in the background; takes a copy of what is saved in host memory", False)
+    verbose: bool = flag("show all flags and the DeepSpeed configuration at the start", False)
     logging_dir: str | None = flag("folder for TensorBoard; default: output_dir/runs", None)
 
 
@@ -67,7 +68,7 @@ class MemoryFlags(Flags):
     """What a run computes with and where it keeps it."""
 
     precision: str | None = flag(
-        "bf16, fp16 or fp32; default: the best the card can do (fp32 on a CPU)",
+        "bf16, fp16 or fp32; default: the best the card can do; on a CPU bf16 for large models, fp32 for small ones",
         None,
         PRECISIONS,
         "memory and devices",

@@ -4,18 +4,23 @@ from contextlib import contextmanager
 
 import torch
 
-from glm_finetune import dist
+from glm_finetune import dist, host
 from glm_finetune.errors import OutOfMemory, raise_together
 from glm_finetune.weights import full_bytes, full_size, is_out_of_memory
 
 
-def check_fits(model, zero, world_size, card):
-    """Raise UserError if weights and state alone are more than `card` has. zero: section of the DeepSpeed dict."""
-    raise_together(too_large(model, zero, world_size, torch.cuda.get_device_properties(card).total_memory))
+def check_fits(model, zero, world_size, device):
+    """Raise UserError if weights and state alone are more than a card, or the host, has. zero: DeepSpeed's section."""
+    if device.type == "cuda":
+        room = torch.cuda.get_device_properties(device).total_memory
+    else:  # the weights are there already
+        zero = {"stage": zero["stage"]}
+        room = host.free_bytes() / dist.local_size() + sum(parameter.nbytes for parameter in model.parameters())
+    raise_together(too_large(model, zero, world_size, room, "a card" if device.type == "cuda" else "each rank"))
 
 
-def too_large(model, zero, world_size, num_bytes):
-    """Yield the problem that a card of num_bytes cannot hold its part, whatever the batch (activations come on top)."""
+def too_large(model, zero, world_size, num_bytes, place="a card"):
+    """Yield the problem that one with num_bytes cannot hold its part, whatever the batch (activations come on top)."""
     # all of ChatGLM3-6B, one card, stage 2: weights 11.6 GiB, masters and moments 69.8, gradients 23.3
     ranks = [1 if zero["stage"] < stage else world_size for stage in range(4)]  # among which a stage divides
     num_learn = sum(full_size(parameter) for parameter in model.parameters() if parameter.requires_grad)
@@ -28,7 +33,7 @@ def too_large(model, zero, world_size, num_bytes):
     if (needed := sum(parts.values())) > num_bytes:
         shown = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in parts.items())
         yield (
-            f"{num_learn:,} parameters learn: {needed / 2**30:.1f} GiB on a card whatever the batch ({shown}); it has "
+            f"{num_learn:,} parameters learn: {needed / 2**30:.1f} GiB on {place} whatever the batch ({shown}); it has "
             f"{num_bytes / 2**30:.1f} GiB. Use --train_type lora, --ds_file ds_zero3_offload.json, or more cards with "
             "ds_zero3_no_offload.json."
         )

@@ -19,7 +19,7 @@ from glm_finetune.run.ds_config import precision_of, read_ds_file, resolve, stag
 from glm_finetune.run.engine import Partitioned
 from glm_finetune.tuning import TRAIN_TYPE
 from glm_finetune.tuning.quantize import Quantized
-from glm_finetune.weights import OnDevice
+from glm_finetune.weights import LARGE_BYTES, OnDevice, weight_bytes
 
 
 def choose(config):
@@ -50,10 +50,11 @@ def settle(config):
     (_, world_size), device = dist.launched(), dist.choose_device(config.device, config.cudnn_attention)
     ds_json = read_ds_file(config.ds_file)
     raise_together(tuning.problems(config, train_type, stage_of(ds_json)))
-    precision = dist.choose_precision(config.precision or precision_of(ds_json), device)
+    is_large = weight_bytes(config.model_name_or_path) > LARGE_BYTES
+    precision, why = dist.choose_precision(config.precision or precision_of(ds_json), device, is_large)
     ds_config = resolve(ds_json, config, world_size, precision, device.type, train_type.fp32)
     chosen = dict(config=config, mode=mode, objective=OBJECTIVE[config.objective], train_type=train_type)
-    return dict(chosen, device=device, precision=precision, ds_config=ds_config)
+    return dict(chosen, device=device, precision=precision, why=why, ds_config=ds_config)
 
 
 def load_data(config, mode, objective, tokenizer):

@@ -30,7 +30,7 @@ from glm_finetune.run.tracker import new_tracker
 class Run(SimpleNamespace):
     """The parts of a run, by name.
 
-    config (its defaults filled in), mode, objective, train_type, device, precision, ds_config: see `parts.settle`.
+    config (its defaults filled in), mode, objective, train_type, device, precision, why, ds_config: `parts.settle`.
     tokenizer, rows, eval_rows (None without --eval_path), sampler, collate(rows) -> batch: see `parts.load_data`.
     progress, total_steps: where it stands and ends. resumed_from: a checkpoint, or None. hold: rank 0's `folder.Hold`.
     engine, guard, saver, step(batches, num_targets): see `engine.accumulate`. tracker, stop: while it is open.
@@ -79,7 +79,8 @@ class Run(SimpleNamespace):
 def assemble(known):
     """A Run of what `settle` gave, ready for its next step; None where none is left. All ranks must call."""
     config, device = known["config"], known["device"]
-    tokenizer, _ = build.check_base(known["mode"], config.model_name_or_path, config.max_len)
+    max_len = 0 if config.allow_longer else config.max_len
+    tokenizer, _ = build.check_base(known["mode"], config.model_name_or_path, config.rope_rule, max_len)
     data = load_data(config, known["mode"], known["objective"], tokenizer)
     engine.start(device)
     if dist.world_size() > 1:
@@ -115,14 +116,13 @@ def _say_done(resumed_from, total_steps):
     dist.print_main(f"{resumed_from}: all {total_steps} steps are done, this run is complete. Nothing was changed.")
 
 
-def load_engine(config, mode, objective, train_type, ds_config, precision, device):
+def load_engine(config, mode, objective, train_type, ds_config, precision, device, why):
     """The model with its weights and what learns of it, in DeepSpeed's engine. All ranks must call."""
     dist.seed_all(config.seed)
     place = choose_place(config, train_type, ds_config, precision, device)
-    model = build.load_base(mode, config.model_name_or_path, place, config.gradient_checkpointing)
+    model = build.load_base(mode, config.model_name_or_path, place, config.gradient_checkpointing, config.rope_rule)
     model = train_type.apply(model, config, mode)
     model.choose_ways(config.lean, config.compile)
-    if device.type == "cuda":
-        check_fits(model, ds_config["zero_optimization"], dist.world_size(), device)
+    dist.on_main(check_fits, model, ds_config["zero_optimization"], dist.world_size(), device)
     dist.barrier()  # a rank that is lost is noticed here, not while DeepSpeed starts
     return engine.new_engine(model, ds_config, config.weight_decay, config.loraplus_ratio)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from glm_finetune import dist, weights
+from glm_finetune.bars import counted
 from glm_finetune.data.sampler import Progress
 from glm_finetune.errors import UserError
 from glm_finetune.run.engine import whole
@@ -39,6 +40,13 @@ def _loss_scaler(engine):
 def learning(model):
     """(name, parameter) of what learns, in a fixed order."""
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def num_bytes(model):
+    """Bytes of (what learns, all weights, masters and moments)."""
+    learn = [parameter for _, parameter in learning(model)]
+    state = 4 * (1 + len(MOMENTS)) * sum(map(weights.full_size, learn))
+    return sum(map(weights.full_bytes, learn)), sum(map(weights.full_bytes, model.parameters())), state
 
 
 def tensors_of(engine):
@@ -97,7 +105,8 @@ def restore(engine, folder, batch, seed, device):
         engine.backward(engine(**batch, use_cache=False).token_losses.sum())
         engine.step()
     _link_moments(engine)
-    for name, parameter in learning(engine.module):
+    learn, total = learning(engine.module), num_bytes(engine.module)[0]
+    for name, parameter in counted(learn, "restore", total, lambda pair: weights.full_bytes(pair[1])):
         keys = [f"{key}.{name}" for key in ("master", *MOMENTS)]  # of one parameter at a time: each rank reads them
         _set(parameter, *(tensors[key]().to(device) for key in keys))
     for state in engine.basic_optimizer.state.values():

@@ -18,12 +18,14 @@ def start_lines(run):
     config, rows, sampler, train_type = run.config, run.rows, run.sampler, run.train_type
     card = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
     micro, accumulate = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    flags = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
+    flags = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
+    changed = {item.name for item in dataclasses.fields(config) if flags[item.name] != item.default}
+    shown = (f"{name} {value}" for name, value in flags.items() if config.verbose or name in changed)
     lines = [
-        f"flags       {json.dumps(flags, ensure_ascii=False)}",
-        f"deepspeed   {json.dumps(run.ds_config)}",
+        f"flags       {', '.join(shown)}",
+        *[f"deepspeed   {json.dumps(run.ds_config)}"] * config.verbose,
         f"versions    {', '.join(f'{name} {importlib.metadata.version(name)}' for name in PACKAGES)}",
-        f"device      {card}, {run.precision}, world size {sampler.world_size}, {ways(config, run.device)}",
+        f"device      {card}, {run.precision} ({run.why}), world size {sampler.world_size}, {ways(config, run.device)}",
         f"parameters  {describe_parameters(run.engine.module)}",
         f"data        {config.train_path}: {rows.report}",
     ]

@@ -23,6 +23,11 @@ class Quantized(OnDevice):
     """A place for weights (see `weights.OnDevice`): bits 4 is nf4 with double quantisation, 8 is LLM.int8()."""
 
     bits: int
+    verb = "quantise"
+
+    def host_bytes(self, num_elements):
+        """About a tenth of the weights are no matrix of a layer."""
+        return super().host_bytes(num_elements) * (0.1 + 0.9 * self.bits / 8 / self.dtype.itemsize)
 
     def construct(self, build):
         with torch.device("meta"):
@@ -65,5 +70,5 @@ def import_bitsandbytes():
     try:
         import bitsandbytes
     except ImportError as error:
-        raise UserError(f"--train_type qlora needs bitsandbytes ({error}): pip install {PACKAGE}") from None
+        raise UserError(f"a base in 4 or 8 bit needs bitsandbytes ({error}): pip install {PACKAGE}") from None
     return bitsandbytes
