@@ -1,8 +1,8 @@
 """The scripts at the released size on this machine: wall time, peak memory, longest silence of each command.
 
-    python benchmarks/real_size.py --folder /tmp/real            # 6B: 60 GB of disk, 24 GB of memory, half an hour
-    python benchmarks/real_size.py --folder /tmp/real --layers 14 --only merge predict
-    python benchmarks/real_size.py --folder /tmp/real --tiny     # seconds: that it works
+    python benchmarks/real_size.py --folder real            # 6B: 60 GB of disk, 24 GB of memory, half an hour
+    python benchmarks/real_size.py --folder real --layers 14 --only merge predict
+    python benchmarks/real_size.py --folder real --tiny     # seconds: that it works
 
 Makes a random ChatGLM3-6B in fp16, in seven .bin shards as it was published, and keeps it in the folder. Memory is what
 cannot be evicted (RssAnon + RssShmem of /proc), summed over all processes of a command, sampled ten times a second at

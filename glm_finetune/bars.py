@@ -32,9 +32,8 @@ def counted(items, title, total, size=lambda item: item[-1].nbytes):
 
 
 def keep_alive():
-    """Draw every bar of this process again and again from now on, once whatever stands behind its delay."""
-    if not any(thread.name == keep_alive.__name__ for thread in threading.enumerate()):
-        threading.Thread(target=_beat, name=keep_alive.__name__, daemon=True).start()
+    """Draw every bar of this process again and again, as long as it lives."""
+    threading.Thread(target=_beat, daemon=True).start()
 
 
 def _beat():

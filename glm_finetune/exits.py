@@ -19,7 +19,6 @@ from contextlib import nullcontext, suppress
 from tqdm import tqdm
 
 from glm_finetune import dist
-from glm_finetune.bars import keep_alive
 from glm_finetune.errors import UserError
 
 # What gloo, nccl and the store of torch.distributed say when a rank is gone; each was seen, or is in their libraries.
@@ -41,7 +40,6 @@ def exit_with_message(main):
 
     Any other error keeps its traceback, exit code 1; all do with GLM_FINETUNE_TRACEBACK=1 in the environment.
     """
-    keep_alive()
     try:
         code = main()
         sys.stdout.flush()

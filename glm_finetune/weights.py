@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from glm_finetune import dist, host
-from glm_finetune.bars import counted
+from glm_finetune.bars import counted, keep_alive
 from glm_finetune.errors import NotWritten, OutOfMemory, UserError
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -144,19 +144,8 @@ def _itself(tensor):
 
 def fingerprint(folder):
     """A hash of names, shapes and first rows of all weights in `folder`, the same for every kind of file; 64 digits."""
-    rows = {}
-    for path in weight_files(folder):
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                pieces = [(name, file.get_slice(name)) for name in file.keys()]  # noqa: SIM118 (not a dict)
-                rows |= {name: _row(piece.get_shape(), piece[:1]) for name, piece in pieces}
-        else:
-            rows |= {name: _row(list(tensor.shape), tensor[:1]) for name, tensor in iter_file(path)}
-    return hashlib.sha256(repr(sorted(rows.items())).encode()).hexdigest()
-
-
-def _row(shape, row):
-    return shape, hashlib.sha256(row.float().contiguous().numpy().tobytes()).hexdigest()
+    rows = sorted((name, list(tensor.shape), tensor[:1].float().tolist()) for name, tensor in iter_tensors(folder))
+    return hashlib.sha256(repr(rows).encode()).hexdigest()
 
 
 def _iter_safetensors(path):
@@ -232,11 +221,10 @@ def fill(model, folder, place, ignore=(), aliases=None):
     anything is read if they take more memory than is free.
     """
     shapes = {name: full_shape(parameter) for name, parameter in model.named_parameters()}
-    num_bytes, what = (
-        place.host_bytes(sum(map(full_size, model.parameters()))),
-        f"{folder} as {DTYPE_NAMES[place.dtype]}",
-    )
-    dist.on_main(host.check_fits, num_bytes, what, TOO_LARGE)
+    what = f"{folder} as {DTYPE_NAMES[place.dtype]}"
+    if (num_bytes := place.host_bytes(sum(map(full_size, model.parameters())))) > LARGE_BYTES:
+        dist.on_main(host.check_fits, num_bytes, what, TOO_LARGE)
+        keep_alive()
     problems = [], [], [], []
     fitting = matched(shapes, folder, ignore, aliases or {}, problems)
     for name, parameter, tensor in counted(fitting, f"{place.verb} {what}", weight_bytes(folder)):

@@ -14,7 +14,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from glm_finetune.bars import counted
+from glm_finetune.bars import counted, keep_alive
 from glm_finetune.convert.proof import TOLERANCE, check_sum, compare, empty_model, is_empty, probe
 from glm_finetune.errors import UserError
 from glm_finetune.models.original import DTYPE_NAMES, DTYPES
@@ -66,6 +66,7 @@ def merge(folder, target, dtype_name=None):
     check_room(target, folder.base)
     temporary = target.with_name(f"tmp-{target.name}")
     tokenizer, config = folder.check_base()
+    keep_alive()
     with claimed(temporary), torch.inference_mode():
         network = empty_model(folder.mode, config)
         shapes = {name: parameter.shape for name, parameter in network.named_parameters()}

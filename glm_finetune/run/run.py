@@ -25,6 +25,7 @@ from glm_finetune.run.parts import choose_place, load_data, output_folder, settl
 from glm_finetune.run.stop import RESUME_ME, stop_request
 from glm_finetune.run.summary import start_lines
 from glm_finetune.run.tracker import new_tracker
+from glm_finetune.weights import LARGE_BYTES, weight_bytes
 
 
 class Run(SimpleNamespace):
@@ -123,6 +124,7 @@ def load_engine(config, mode, objective, train_type, ds_config, precision, devic
     model = build.load_base(mode, config.model_name_or_path, place, config.gradient_checkpointing, config.rope_rule)
     model = train_type.apply(model, config, mode)
     model.choose_ways(config.lean, config.compile)
-    dist.on_main(check_fits, model, ds_config["zero_optimization"], dist.world_size(), device)
+    if device.type == "cuda" or weight_bytes(config.model_name_or_path) > LARGE_BYTES:
+        dist.on_main(check_fits, model, ds_config["zero_optimization"], dist.world_size(), device)
     dist.barrier()  # a rank that is lost is noticed here, not while DeepSpeed starts
     return engine.new_engine(model, ds_config, config.weight_decay, config.loraplus_ratio)
