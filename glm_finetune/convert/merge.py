@@ -64,6 +64,7 @@ def merge(folder, target, dtype_name=None):
     """
     check_target(target, folder.adapter)
     check_room(target, folder.base)
+    print(f"{folder.adapter} + {folder.base} -> {target}", flush=True)
     temporary = target.with_name(f"tmp-{target.name}")
     tokenizer, config = folder.check_base()
     keep_alive()
