@@ -30,8 +30,8 @@ def start(device):
     """Join the other ranks: nccl on cards, gloo on CPUs. Needs `dist.launch_environment`."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    with bar("start DeepSpeed"):
-        import deepspeed
+    print_main("starting DeepSpeed ...")
+    import deepspeed
 
     if device.type == "cpu":
         # The shared-memory all-reduce serves inference only, and leaves 69 MB for each rank in /dev/shm for good.
