@@ -39,7 +39,8 @@ def main():
     path, settings = answers.output_path(config, folder), answers.settings_of(config, folder, precision)
     done = answers.answered(path, rows, config, settings) if config.test_path else []
     dist.seed_all(config.seed)
-    print(f"{device}, {precision} ({why})", file=sys.stderr)
+    if is_large:
+        print(f"{device}, {precision} ({why})", file=sys.stderr)
     tokenizer, model = build.load_model_folder(folder, precision, device, config.quantization_bit)
     if config.chat:
         converse(model, tokenizer, folder.mode, folder.prompt.template, config)

@@ -144,6 +144,7 @@ def work(name, folder, *more):
     """One of the things that are no script of ours, in a process of its own."""
     import torch
 
+    model = None
     if name == "raw":  # every tensor once, converted
         from glm_finetune.weights import iter_tensors
 
@@ -152,11 +153,11 @@ def work(name, folder, *more):
     elif name == "ours":
         from glm_finetune import MODE
 
-        MODE["glm3"].model.from_pretrained(folder, torch.bfloat16)
+        model = MODE["glm3"].model.from_pretrained(folder, torch.bfloat16)
     elif name == "theirs":
         from transformers import GlmForCausalLM
 
-        GlmForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        model = GlmForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     elif name == "copy":
         shutil.copytree(folder, more[0])
     else:  # peft's way to merge
@@ -166,6 +167,9 @@ def work(name, folder, *more):
 
         model = PeftModel.from_pretrained(MODE["glm3"].model.from_pretrained(folder), more[0])
         model.merge_and_unload().save_pretrained(more[1])
+        return
+    for parameter in model.parameters() if model else ():  # a file that is only mapped is read when it is looked at
+        torch.aminmax(parameter)
 
 
 class Bench:

@@ -39,7 +39,7 @@ def keep_alive():
 def _beat():
     while True:
         time.sleep(BEAT_SECS)
-        with suppress(RuntimeError):  # of the list of bars, when one comes or goes
+        with suppress(RuntimeError, AttributeError):  # of the list of bars, when one comes or goes, or is half made
             for shown in list(getattr(tqdm, "_instances", ())):
                 if not shown.disable and time.time() >= shown.start_t + shown.delay:
                     shown.refresh()

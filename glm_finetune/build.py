@@ -99,6 +99,10 @@ class ModelFolder:
         """Tokenizer and configuration of its base, see `check_base`."""
         return check_base(self.mode, self.base, self.rope_rule, max_len)
 
+    def settled_rule(self):
+        """The rule of its base's rope_ratio, see `models.rope`; None without one."""
+        return config_of(self.mode, self.base, self.rope_rule).rope_rule
+
     def context(self):
         """Tokens of prompt and answer that the model was made for; a P-tuning prompt of version 1 takes its share."""
         taken = (read_json(self.adapter / "config.json").get("prompt_len") or 0) if self.is_prefix else 0

@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from glm_finetune.data.blocks import fingerprint
+from glm_finetune.data.blocks import fingerprint as fingerprint_of_data
 from glm_finetune.data.cache import default_cache_dir
 from glm_finetune.data.flags import DataFlags
 from glm_finetune.weights import fingerprint as fingerprint_of
@@ -40,7 +40,7 @@ class Prompt:
 
 
 def train_record(config, train_type, tokenizer, world_size):
-    """What is known of a run besides epoch and step. config: TrainConfig."""
+    """What is known of a run besides epoch, step and the weights of its base (`fingerprint`). config: TrainConfig."""
     return {
         "format_version": FORMAT_VERSION,
         "mode": config.mode,
@@ -50,7 +50,7 @@ def train_record(config, train_type, tokenizer, world_size):
         **_base(config.model_name_or_path),
         "world_size": world_size,
         "identity": {
-            "training data": fingerprint(config.train_path, config.cache_dir or default_cache_dir())[:16],
+            "training data": fingerprint_of_data(config.train_path, config.cache_dir or default_cache_dir())[:16],
             "tokenizer": describe(tokenizer.folder / tokenizer.model_file)["sha256"][:16],
             "base": describe(Path(config.model_name_or_path) / "config.json")["sha256"][:16],
             **{name: getattr(config, name) for name in (*SAMPLES, "seed", *train_type.identity)},
@@ -65,11 +65,16 @@ def train_record(config, train_type, tokenizer, world_size):
 def merged_record(adapter, mode, base, prompt):
     """What is known of the sum of `base` and the folder `adapter`: what was known of the adapter, and its origin."""
     known = {"format_version": FORMAT_VERSION, **read_record(adapter), "mode": mode.name, **dataclasses.asdict(prompt)}
-    return {**known, "saves": "weights", "merged_from": str(adapter), **_base(base)}
+    return {**known, "saves": "weights", "merged_from": str(adapter), **_base(base), **fingerprint(base)}
 
 
 def _base(folder):
-    return {"base": str(folder), "base_absolute": os.path.abspath(folder), "base_fingerprint": fingerprint_of(folder)}
+    return {"base": str(folder), "base_absolute": os.path.abspath(folder)}
+
+
+def fingerprint(base):
+    """What tells the weights of a base from others."""
+    return {"base_fingerprint": fingerprint_of(base)}
 
 
 def describe(path):

@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,8 +49,10 @@ def weight_files(folder):
 
 
 def weight_bytes(folder):
-    """Bytes of the weight files in a folder, 0 without any."""
-    return sum(path.stat().st_size for kind in ("*.safetensors", "*.bin") for path in Path(folder).glob(kind))
+    """Bytes of the weight files of a folder, 0 where they are not whole."""
+    with suppress(UserError):
+        return sum(path.stat().st_size for path in weight_files(folder))
+    return 0
 
 
 def _no_weights(folder):
@@ -143,9 +146,18 @@ def _itself(tensor):
 
 
 def fingerprint(folder):
-    """A hash of names, shapes and first rows of all weights in `folder`, the same for every kind of file; 64 digits."""
-    rows = sorted((name, list(tensor.shape), tensor[:1].float().tolist()) for name, tensor in iter_tensors(folder))
-    return hashlib.sha256(repr(rows).encode()).hexdigest()
+    """A hash of shapes and some values of all weights in `folder`: 64 digits, whatever the kind and number of files.
+
+    A weight that is there twice (tied ones) counts once, rotary frequencies do not: the original never reads them.
+    """
+    rows = {}
+    for name, tensor in iter_tensors(folder):
+        if not name.endswith(".inv_freq"):
+            flat = tensor.reshape(-1)  # some of the beginning, middle and end: little of a mapped file is read
+            places = (0, len(flat) // 3, len(flat) // 2, max(0, len(flat) - 64))
+            sample = tuple(value for start in places for value in flat[start : start + 64].tolist())
+            rows[tuple(tensor.shape), sample] = max(name, rows.get((tuple(tensor.shape), sample), name))
+    return hashlib.sha256(repr(sorted((name, *key) for key, name in rows.items())).encode()).hexdigest()
 
 
 def _iter_safetensors(path):
@@ -213,21 +225,29 @@ def is_finite(tensor):
     return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
+def check_host(build, folder, place):
+    """Raise UserError on every rank if what build() makes takes more of rank 0's machine than is free there.
+
+    For large checkpoints, before anything of them is made or read. All ranks must call.
+    """
+    with torch.device("meta"):
+        num_elements = sum(map(full_size, build().parameters()))
+    what = f"{folder} as {DTYPE_NAMES[place.dtype]}"
+    dist.on_main(host.check_fits, place.host_bytes(num_elements), what, TOO_LARGE)
+    keep_alive()
+
+
 def fill(model, folder, place, ignore=(), aliases=None):
     """Give every parameter of `model` (of `place.construct`) the tensor of that name in `folder`; place: `OnDevice`.
 
     ignore, aliases: see `matched`. Under ZeRO-3 all ranks must call.
-    Raises UserError listing missing, unexpected and mis-shaped names, and tensors with inf or nan in them, or before
-    anything is read if they take more memory than is free.
+    Raises UserError listing missing, unexpected and mis-shaped names, and tensors with inf or nan in them.
     """
     shapes = {name: full_shape(parameter) for name, parameter in model.named_parameters()}
-    what = f"{folder} as {DTYPE_NAMES[place.dtype]}"
-    if (num_bytes := place.host_bytes(sum(map(full_size, model.parameters())))) > LARGE_BYTES:
-        dist.on_main(host.check_fits, num_bytes, what, TOO_LARGE)
-        keep_alive()
+    title = f"{place.verb} {folder} as {DTYPE_NAMES[place.dtype]}"
     problems = [], [], [], []
     fitting = matched(shapes, folder, ignore, aliases or {}, problems)
-    for name, parameter, tensor in counted(fitting, f"{place.verb} {what}", weight_bytes(folder)):
+    for name, parameter, tensor in counted(fitting, title, weight_bytes(folder)):
         if parameter and not place.assign(model, parameter, tensor):
             problems[-1].append(name)
     if any(problems):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from glm_finetune import MODE, build, weights
+from glm_finetune import MODE, build, host, weights
 from glm_finetune.config import TrainConfig
 from glm_finetune.flags import parse
 from glm_finetune.run.parts import choose
@@ -175,6 +175,7 @@ def test_a_host_without_memory_is_no_damaged_file(error, ending, damaged, monkey
 
     monkeypatch.setattr(weights, "read_tensor", full)
     monkeypatch.setattr(torch, "load", full)
+    monkeypatch.setattr(host, "free_bytes", lambda: 3 * 2**30)
     damage = shards(ending, lambda folder: None)
     message = refused(lambda: damaged("glm3", damage), f"part-0.{ending}: out of host memory while reading it")
     assert "damaged" not in message

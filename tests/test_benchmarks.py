@@ -96,3 +96,13 @@ def test_a_stage_that_fails_or_is_out_of_time_loses_nothing_and_stops_no_other(t
     stages = json.loads((tmp_path / "r.json").read_text())["stages"]
     assert done.returncode == 1 and stages["equality"]["said"].startswith("out of time")
     assert stages["ceilings"]["said"].startswith("not begun")
+
+
+@pytest.mark.slow
+def test_real_size_runs_every_command_on_tiny_shapes(tmp_path):
+    arguments = ("--folder", tmp_path / "real", "--tiny", "--output", tmp_path / "r.json")
+    text = benchmark("real_size", *arguments)
+    (report,) = json.loads((tmp_path / "r.json").read_text()).values()
+    assert len(report["commands"]) >= 16 and all(name in text for name in report["commands"])
+    for figures in report["commands"].values():
+        assert "code" not in figures and figures["peak_gib"] > 0 and figures["silent_secs"] <= figures["secs"]

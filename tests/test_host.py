@@ -1,6 +1,7 @@
 """What this machine can hold, and what it shows: precision on a CPU, refusals before reading, bars, streams."""
 
 import io
+import shutil
 import time
 
 import pytest
@@ -11,6 +12,9 @@ import predict
 from glm_finetune import MODE, bars, build, dist, host, weights
 from glm_finetune.answer.decoder import Printer
 from glm_finetune.errors import UserError
+from glm_finetune.run import memory
+from glm_finetune.run.engine import Partitioned
+from glm_finetune.tuning.quantize import Quantized
 from tests.refusal import run_main
 from tests.test_training import run
 
@@ -43,9 +47,9 @@ def test_a_container_may_have_less_than_its_machine(tmp_path, monkeypatch):
     assert host.free_bytes() == 9000 - 5000 + 1000  # pages of files can be evicted
 
 
-def test_a_model_that_does_not_fit_is_refused_before_it_is_read(checkpoints, monkeypatch):
+def test_a_model_that_does_not_fit_is_refused_before_anything_of_it_is_made(checkpoints, monkeypatch):
+    monkeypatch.setattr(weights.OnDevice, "construct", lambda *_: pytest.fail("made"))
     monkeypatch.setattr(weights, "LARGE_BYTES", 0)
-    monkeypatch.setattr(weights, "iter_tensors", lambda folder: pytest.fail("read"))
     monkeypatch.setattr(host, "free_bytes", lambda: 2**10)
     with pytest.raises(UserError) as refusal:
         MODE["glm3"].model.from_pretrained(checkpoints["glm3"])
@@ -60,17 +64,82 @@ def test_what_is_printed_while_it_is_made_is_the_answer_without_blanks_around_it
     assert capsys.readouterr().out == "ab  c"
 
 
+@pytest.mark.parametrize("local_ranks", ["1", "2"])
+def test_what_a_place_takes_of_this_machine(local_ranks, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local_ranks)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    num, card = int(local_ranks), torch.device("cuda", 0)
+    zero, offloading = ({"zero_optimization": section} for section in ({}, {"offload_param": {"device": "cpu"}}))
+    assert weights.OnDevice(torch.bfloat16, CPU).host_bytes(100) == 200 * num  # each rank has its own
+    assert weights.OnDevice(torch.bfloat16, card).host_bytes(100) == 0
+    assert Quantized(torch.bfloat16, CPU, 4).host_bytes(100) == pytest.approx((20 + 45) * num)
+    assert Partitioned(torch.bfloat16, CPU, zero).host_bytes(100) == 200 * num / 4
+    assert Partitioned(torch.bfloat16, card, zero).host_bytes(100) == 0
+    assert Partitioned(torch.bfloat16, card, offloading).host_bytes(100) == 200 * num / 4
+
+
+@pytest.mark.parametrize("section, ranks", [({}, (1, 1)), ({"offload_optimizer": {"device": "nvme"}}, None)])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_state_of_what_learns_must_fit_into_this_machine(stage, section, ranks, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    model, zero = torch.nn.Linear(10, 10, bias=False).bfloat16(), {"stage": stage, **section}
+    needed = (1200 / 2 + (400 if stage == 1 else 400 / 2)) * 2 if ranks else 0  # stage 1 keeps all gradients
+    monkeypatch.setattr(host, "free_bytes", lambda: needed)
+    memory.check_fits(model, zero, 2, CPU)
+    monkeypatch.setattr(host, "free_bytes", lambda: needed - 1)
+    if ranks:
+        with pytest.raises(UserError, match="100 parameters learn"):
+            memory.check_fits(model, zero, 2, CPU)
+
+
+def test_weights_are_counted_that_are_read(checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints["glm3"], tmp_path / "both")
+    size = (folder / "model.safetensors").stat().st_size
+    torch.save(dict(weights.iter_tensors(folder)), folder / "pytorch_model.bin")
+    assert weights.weight_bytes(folder) == size and weights.weight_bytes(tmp_path) == 0
+
+
+def test_a_fingerprint_is_of_the_weights_and_not_of_the_files(checkpoints, tmp_path):
+    tensors, known = dict(weights.iter_tensors(checkpoints["glm"])), weights.fingerprint(checkpoints["glm"])
+    half = len(tensors) // 2
+    without = {name: t for name, t in tensors.items() if name != "lm_head.weight" and not name.endswith("inv_freq")}
+    assert len(without) < len(tensors)
+    for name, parts in {
+        "parts": [dict(list(tensors.items())[i:][:half]) for i in (0, half)],
+        "bare": [without],
+    }.items():
+        (tmp_path / name).mkdir()
+        if name == "bare":
+            torch.save(parts[0], tmp_path / name / "pytorch_model.bin")
+        else:
+            weights.write_sharded(tensors.items(), tmp_path / name, max_shard_bytes=10_000)
+        assert weights.fingerprint(tmp_path / name) == known
+    last = next(name for name in without if "layers.1.mlp.dense_4h_to_h.weight" in name)
+    tensors[last] = tensors[last] * 1.01
+    (tmp_path / "other").mkdir()
+    weights.write_sharded(tensors.items(), tmp_path / "other")
+    assert weights.fingerprint(tmp_path / "other") != known
+
+
 @pytest.mark.parametrize("flags", [[], ["--num_beams", "2"]], ids=["greedy", "beams"])
 def test_one_question_is_answered_as_in_a_file(flags, checkpoints, tmp_path, monkeypatch, capsys):
     asked = ["--model_path", checkpoints["glm3"], "--max_new_tokens", 12, *flags]
-    answers = []
+    answers, own, early = [], MODE["glm3"].model.generate, []
+
+    def generate(*args, **kwargs):
+        output = own(*args, **kwargs)
+        early.append(len(answers))  # of the pieces, those that did not wait for the end
+        return output
+
+    monkeypatch.setattr(MODE["glm3"].model, "generate", generate)
     monkeypatch.setattr(predict, "Printer", lambda: answers.append)
     (tmp_path / "q.jsonl").write_text('{"instruction": "你好", "input": "", "output": "好"}\n', encoding="utf-8")
     output = tmp_path / "a.jsonl"
     one = run_main(predict, monkeypatch, capsys, *asked, "--instruction", "你好")
     many = run_main(predict, monkeypatch, capsys, *asked, "--test_path", tmp_path / "q.jsonl", "--output_path", output)
     assert one[0] == many[0] == 0, (one, many)
-    assert len(answers) > 2  # in pieces
+    assert (early[0] > 2) == (not flags)  # beams are not known before
     assert weights.read_json(output)["prediction"] == "".join(answers).strip()
 
 

@@ -77,7 +77,7 @@ WHICH = {  # mode, code beside the weights, flag, rule or words of the refusal
     "glm2, nothing": ("glm2", None, None, ["rope_ratio is 16", "modeling_chatglm.py", "--rope_rule position"]),
     "glm2, its code": ("glm2", "position", None, "position"),
     "glm2, both": ("glm2", "base", "base", "base"),
-    "glm2, they differ": ("glm2", "position", "base", ["modeling_chatglm.py", "position, not base"]),
+    "glm2, they differ": ("glm2", "position", "base", ["modeling_chatglm.py says position, where base was asked for"]),
 }
 
 
@@ -133,9 +133,40 @@ def test_a_variant_is_trained_merged_and_asked(mode, rule, data_file, tmp_path, 
 
 
 @pytest.mark.slow
-def test_longer_samples_than_the_base_was_made_for_must_be_allowed(checkpoints, data_file, tmp_path):
+def test_another_rule_than_that_of_the_training_is_refused(data_file, tmp_path, monkeypatch, capsys):
+    base = {"glm3": stretched("glm3", tmp_path / "base")}
+    folder = run("glm3", "lora", base, data_file, tmp_path / "out", max_steps=1)[2]
+    run("glm3", "lora", base, data_file, tmp_path / "out", max_steps=2, resume="auto", rope_rule="base")
+    (base["glm3"] / "modeling_chatglm.py").write_text(CODE["position"])
+    asked = ["--model_path", folder, "--instruction", "你好", "--max_length", 64]
+    code, error = run_main(predict, monkeypatch, capsys, *asked)
+    assert code == 2 and "says position, where base was asked for, or trained with" in error
+    with pytest.raises(RuntimeError, match="rope_rule: base there, position here"):
+        run("glm3", "lora", base, data_file, tmp_path / "out", max_steps=3, resume="auto")
+
+
+def test_answers_of_another_rule_are_not_mixed_in(data_file, tmp_path, monkeypatch, capsys):
+    base = stretched("glm3", tmp_path / "base")
+    asked = ["--model_path", base, "--test_path", data_file, "--output_path", tmp_path / "a.jsonl"]
+    asked += ["--max_new_tokens", 4, "--max_length", 64, "--rope_rule"]
+    assert run_main(predict, monkeypatch, capsys, *asked, "base")[0] == 0
+    code, error = run_main(predict, monkeypatch, capsys, *asked, "position")
+    assert code == 2 and "other settings (rope_rule)" in error
+
+
+@pytest.mark.parametrize("rule", ["foo", ["base"]])
+def test_a_recorded_rule_that_is_none_is_refused(rule, tmp_path):
+    with pytest.raises(UserError, match="rope_rule is .*, expected base or position"):
+        build.check_base(MODE["glm3"], stretched("glm3", tmp_path / "base", rope_rule=rule))
+    plain = stretched("glm3", tmp_path / "plain", ratio=1, rope_rule="base")  # says nothing without a ratio
+    assert MODE["glm3"].model.from_pretrained(plain).config.rope_rule is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train_type, more", [("lora", {}), ("ptuning", dict(ptuning_version=1))])
+def test_longer_samples_than_the_base_was_made_for_must_be_allowed(train_type, more, data_file, tmp_path):
     base = {"glm3": make_checkpoint("glm3", tmp_path / "base", seq_length=100)}
     with pytest.raises(RuntimeError, match="--max_len 128: .* was made for 100 tokens.*--allow_longer"):
-        run("glm3", "lora", base, data_file, tmp_path / "no")
-    records, *_ = run("glm3", "lora", base, data_file, tmp_path / "out", max_steps=1, allow_longer=True)
+        run("glm3", train_type, base, data_file, tmp_path / "no", **more)
+    records, *_ = run("glm3", train_type, base, data_file, tmp_path / "out", max_steps=1, allow_longer=True, **more)
     assert math.isfinite(records[0]["loss"])

@@ -41,6 +41,7 @@ def settings_of(config, folder, precision):
         "weights": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files},
         **dataclasses.asdict(folder.prompt),
         "precision": precision,
+        "rope_rule": folder.settled_rule(),
         **{name: getattr(config, name) for name in NAMES.split()},
     }
 

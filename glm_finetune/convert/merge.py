@@ -20,7 +20,7 @@ from glm_finetune.errors import UserError
 from glm_finetune.models.original import DTYPE_NAMES, DTYPES
 from glm_finetune.record import merged_record, write_record
 from glm_finetune.tuning.adapter import load_adapter
-from glm_finetune.weights import do_not_fit, is_finite, matched, weight_bytes, write_json, write_sharded
+from glm_finetune.weights import do_not_fit, is_finite, matched, read_json, weight_bytes, write_json, write_sharded
 
 SHARD_BYTES = 10**9  # of the result, of which one is held
 PEFTS = ("base_model.model.", ".modules_to_save.default", ".base_layer")  # what peft puts into names
@@ -34,9 +34,10 @@ def check_target(target, adapter):
         raise UserError(f"--output_dir {target} lies in the adapter's folder, which is never written to.")
 
 
-def check_room(target, base):
-    """Raise UserError unless the disk has room for another base."""
-    needed = weight_bytes(base)
+def check_room(target, base, dtype_name=None):
+    """Raise UserError unless the disk has room for another base, of weights of a dtype."""
+    own = getattr(torch, read_json(base / "config.json").get("torch_dtype", "float32"))
+    needed = weight_bytes(base) * DTYPES.get(dtype_name, own).itemsize // own.itemsize
     place = next(parent for parent in target.resolve().parents if parent.is_dir())
     if (free := shutil.disk_usage(place).free) < needed:
         raise UserError(f"--output_dir {target}: needs {needed / 1e9:.1f} GB, {place} has {free / 1e9:.1f} GB left.")
@@ -63,7 +64,8 @@ def merge(folder, target, dtype_name=None):
     the sum is not base + adapter; then nothing is left of it.
     """
     check_target(target, folder.adapter)
-    check_room(target, folder.base)
+    check_adapter(folder.adapter)
+    check_room(target, folder.base, dtype_name)
     print(f"{folder.adapter} + {folder.base} -> {target}", flush=True)
     temporary = target.with_name(f"tmp-{target.name}")
     tokenizer, config = folder.check_base()
@@ -71,8 +73,8 @@ def merge(folder, target, dtype_name=None):
     with claimed(temporary), torch.inference_mode():
         network = empty_model(folder.mode, config)
         shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
-        adapted, counts = load_adapter(network, folder.adapter), Counter()
-        tensors = summed(parts_of(adapted), shapes, network, folder.base, DTYPES.get(dtype_name), counts)
+        parts, counts = parts_of(load_adapter(network, folder.adapter, is_empty=True).float(), shapes), Counter()
+        tensors = summed(parts, shapes, network, folder.base, DTYPES.get(dtype_name), counts)
         write_sharded(counted(tensors, "merge", weight_bytes(folder.base)), temporary, SHARD_BYTES)
         dtype = counts.most_common(1)[0][0]
         write_beside(folder, temporary, tokenizer, network.config.to_original(torch_dtype=DTYPE_NAMES[dtype]))
@@ -87,8 +89,24 @@ def merge(folder, target, dtype_name=None):
         os.replace(temporary, target)
 
 
-def parts_of(adapted):
-    """{parameter of the base: the LoRA layer that changes it, or the tensor that takes its place (modules to save)}."""
+def check_adapter(folder):
+    """Raise UserError for what cannot be summed tensor by tensor: these need the whole model, which peft can merge."""
+    fields, start = read_json(folder / "adapter_config.json"), "init_lora_weights"
+    parts = {name: fields[name] for name in ("lora_bias", "trainable_token_indices") if fields.get(name)}
+    if str(fields.get(start, "")).startswith(("pissa", "olora", "corda", "loftq")):
+        parts[start] = fields[start]  # such a base is not the one on disk: `exported` makes a plain adapter of ours
+    for name, value in parts.items():
+        raise UserError(
+            f"{folder}: an adapter with {name} {value} cannot be merged here. predict.py asks it as it is; peft's own "
+            "merge_and_unload() merges it, in memory for the whole model."
+        )
+
+
+def parts_of(adapted, shapes):
+    """{parameter of the base: the LoRA layer that changes it, or the tensor that takes its place (modules to save)}.
+
+    shapes: of the base's parameters. Raises UserError for a part that has no place among them.
+    """
     parts = {}
     for name, module in adapted.named_modules():
         if isinstance(module, LoraLayer):
@@ -96,6 +114,10 @@ def parts_of(adapted):
     for name, parameter in adapted.named_parameters():
         if not is_empty(parameter) and "lora_" not in name:
             parts[_plain(name)] = parameter.data
+    if strange := sorted(set(parts) - set(shapes)):
+        raise UserError(
+            f"the adapter changes {', '.join(strange[:3])}, no weight of its base: it cannot be merged here."
+        )
     return parts
 
 
@@ -116,6 +138,8 @@ def summed(parts, shapes, network, base, dtype, counts):
         result = sum_of(parts[target], tensor, name) if target in parts else tensor
         result = result.to(dtype or tensor.dtype) if tensor.is_floating_point() else result
         counts[result.dtype] += result.numel()
+        if not is_finite(result):
+            problems[-1].append(name)
         yield name, result.clone() if name in aliases else result  # files do not share memory
     if any(problems):
         raise do_not_fit(base, dtype or torch.float32, problems)

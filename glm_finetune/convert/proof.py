@@ -77,13 +77,14 @@ def logits_of(network, folder, samples, title):
     tensors |= {name: tensors[alias] for alias, name in network.tied_names().items() if alias in tensors}
     tensors |= {alias: tensors[name] for alias, name in network.tied_names().items() if name in tensors}
     layers = next(name for name, module in network.named_modules() if module is network.layers)
-    with filled(network, tensors, f"{network.input_embeddings_name}."):
-        embedded = [network.get_input_embeddings()(ids) for ids in samples]
-    streams = [network.begin({"input_ids": ids, "inputs_embeds": x}) for ids, x in zip(samples, embedded)]
+    encoders = "transformer.prefix_encoder.", "transformer.prompt_encoder."  # of a base that has a prefix in it
+    with filled(network, tensors, f"{network.input_embeddings_name}.", *encoders):
+        streams = [network.begin({"input_ids": ids}) for ids in samples]
     hidden = [stream.hidden for stream in streams]
     for i, layer in enumerate(tqdm(network.layers, desc=f"prove: {title}", unit=" layers")):
         with filled(network, tensors, f"{layers}.{i}."):
-            hidden = [layer(x, stream.mask, stream.cos, stream.sin) for x, stream in zip(hidden, streams)]
+            flows = zip(hidden, streams)
+            hidden = [layer(x, of.mask, of.cos, of.sin, of.prefixes[i]) for x, of in flows]
     rest = [name for name, _ in network.named_parameters() if not name.startswith((f"{layers}.", *_ends(network)))]
     with filled(network, tensors, *rest, f"{network.output_embeddings_name}."):
         return [network.logits(x)[0] for x in hidden]

@@ -30,7 +30,7 @@ class OriginalConfig(PreTrainedConfig):
     prefix_embedding_size = None  # of a P-Tuning v2 encoder; None: that of the keys and values
     required_fields = ()  # fields that a config.json of this architecture has and the other's lacks
     attribute_map = {"num_hidden_layers": "num_layers"}  # another name of a field
-    rope_ratio = 1.0  # a field where an architecture has long-context variants, and rope_rule with it
+    rope_ratio, rope_rule = 1.0, None  # fields where an architecture has long-context variants
 
     @classmethod
     def from_pretrained(cls, folder):
@@ -46,6 +46,7 @@ class OriginalConfig(PreTrainedConfig):
 
     def stretch(self, folder, rope_rule=None):
         """Know what a rope_ratio other than 1 means in the checkpoint `folder`, see `rope.choose_rule`."""
+        self.rope_rule = None
         if self.rope_ratio != 1:
             self.rope_rule = self.source["rope_rule"] = choose_rule(Path(folder), self.source, rope_rule)
         return self
@@ -86,6 +87,8 @@ class OriginalModel(PreTrainedModel):
         config = cls.config_class.from_pretrained(folder).stretch(folder, rope_rule)
         dtype = dtype or getattr(torch, config.source.get("torch_dtype", "float32"))
         place = place or weights.OnDevice(dtype, torch.device("cpu"))
+        if weights.weight_bytes(folder) > weights.LARGE_BYTES:
+            weights.check_host(lambda: cls(config), folder, place)
         model = place.construct(lambda: cls(config))
         weights.fill(model, folder, place, cls.ignored_in_file, model.tied_names())
         model.tie_weights()

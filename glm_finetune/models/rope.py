@@ -24,12 +24,16 @@ def choose_rule(folder, fields, asked):
     """
     if fields["rope_ratio"] == 0:
         raise UserError(f"{folder / 'config.json'}: rope_ratio is 0, expected something like 1.0 or 50.")
+    if fields.get("rope_rule") not in (None, *RULES):
+        names = " or ".join(RULES)
+        raise UserError(f"{folder / 'config.json'}: rope_rule is {fields['rope_rule']!r}, expected {names}.")
     wanted, is_default = (asked or "").rstrip("?"), (asked or "?").endswith("?")
     known = {fields["rope_rule"]: "config.json"} if fields.get("rope_rule") else rules_in(folder / CODE)
     if len(known) == 1:
         (rule, where), *_ = known.items()
-        if rule not in RULES or not is_default and wanted != rule:
-            raise UserError(f"{folder / where}: rope_ratio is used by the rule {rule}, not {wanted}. Leave it out.")
+        if not is_default and wanted != rule:
+            said = f"{folder / where} says {rule}, where {wanted} was asked for, or trained with"
+            raise UserError(f"rope_ratio, --rope_rule: {said}. Leave the flag out, or give the base of the training.")
         return rule
     if not wanted:
         raise UserError(

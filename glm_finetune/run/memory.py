@@ -13,29 +13,39 @@ def check_fits(model, zero, world_size, device):
     """Raise UserError if weights and state alone are more than a card, or the host, has. zero: DeepSpeed's section."""
     if device.type == "cuda":
         room = torch.cuda.get_device_properties(device).total_memory
-    else:  # the weights are there already
-        zero = {"stage": zero["stage"]}
-        room = host.free_bytes() / dist.local_size() + sum(parameter.nbytes for parameter in model.parameters())
-    raise_together(too_large(model, zero, world_size, room, "a card" if device.type == "cuda" else "each rank"))
+        return raise_together(too_large(model, zero, world_size, room))
+    _, *state = needed(model, zero, world_size, ("nvme",)).values()  # the weights are there already
+    what = f"{count_learning(model):,} parameters learn: their fp32 masters, moments and gradients on all ranks here"
+    host.check_fits(sum(state) * dist.local_size(), what, "Let less learn (--train_type lora), or use another machine.")
 
 
-def too_large(model, zero, world_size, num_bytes, place="a card"):
-    """Yield the problem that one with num_bytes cannot hold its part, whatever the batch (activations come on top)."""
-    # all of ChatGLM3-6B, one card, stage 2: weights 11.6 GiB, masters and moments 69.8, gradients 23.3
+def count_learning(model):
+    """Number of the parameters that learn, whole ones."""
+    return sum(full_size(parameter) for parameter in model.parameters() if parameter.requires_grad)
+
+
+def needed(model, zero, world_size, elsewhere):
+    """{what: bytes of each rank} that weights and state take. elsewhere: where what is offloaded counts for nothing."""
     ranks = [1 if zero["stage"] < stage else world_size for stage in range(4)]  # among which a stage divides
-    num_learn = sum(full_size(parameter) for parameter in model.parameters() if parameter.requires_grad)
-    offloads = [zero.get(name, {}).get("device", "none") == "none" for name in ("offload_param", "offload_optimizer")]
-    parts = {
-        "weights": offloads[0] * sum(map(full_bytes, model.parameters())) / ranks[3],
-        "fp32 masters and moments": offloads[1] * 12 * num_learn / ranks[1],
-        "fp32 gradients": offloads[1] * 4 * num_learn / ranks[2],
+    learn, names = count_learning(model), ("offload_param", "offload_optimizer")
+    counts = [zero.get(name, {}).get("device", "none") not in elsewhere for name in names]
+    return {
+        "weights": counts[0] * sum(map(full_bytes, model.parameters())) / ranks[3],
+        "fp32 masters and moments": counts[1] * 12 * learn / ranks[1],
+        "fp32 gradients": counts[1] * 4 * learn / ranks[2],
     }
-    if (needed := sum(parts.values())) > num_bytes:
+
+
+def too_large(model, zero, world_size, num_bytes):
+    """Yield the problem that a card of num_bytes cannot hold its part, whatever the batch (activations come on top)."""
+    # all of ChatGLM3-6B, one card, stage 2: weights 11.6 GiB, masters and moments 69.8, gradients 23.3
+    parts = needed(model, zero, world_size, ("cpu", "nvme"))
+    if (total := sum(parts.values())) > num_bytes:
         shown = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in parts.items())
+        learn = f"{count_learning(model):,} parameters learn: {total / 2**30:.1f} GiB on a card whatever the batch"
         yield (
-            f"{num_learn:,} parameters learn: {needed / 2**30:.1f} GiB on {place} whatever the batch ({shown}); it has "
-            f"{num_bytes / 2**30:.1f} GiB. Use --train_type lora, --ds_file ds_zero3_offload.json, or more cards with "
-            "ds_zero3_no_offload.json."
+            f"{learn} ({shown}); it has {num_bytes / 2**30:.1f} GiB. Use --train_type lora, --ds_file "
+            "ds_zero3_offload.json, or more cards with ds_zero3_no_offload.json."
         )
 
 

@@ -15,7 +15,7 @@ from glm_finetune.data.dataset import to_device, without_targets
 from glm_finetune.data.report import write_bad_rows
 from glm_finetune.data.sampler import Progress
 from glm_finetune.errors import StandsStill, raise_together
-from glm_finetune.record import train_record
+from glm_finetune.record import fingerprint, train_record
 from glm_finetune.run import engine, folder, resume, state
 from glm_finetune.run.checkpoint import Saver
 from glm_finetune.run.flags import long_warmup
@@ -81,7 +81,8 @@ def assemble(known):
     """A Run of what `settle` gave, ready for its next step; None where none is left. All ranks must call."""
     config, device = known["config"], known["device"]
     max_len = 0 if config.allow_longer else config.max_len
-    tokenizer, _ = build.check_base(known["mode"], config.model_name_or_path, config.rope_rule, max_len)
+    tokenizer, base = build.check_base(known["mode"], config.model_name_or_path, config.rope_rule, max_len)
+    config.rope_rule = base.rope_rule  # what is recorded
     data = load_data(config, known["mode"], known["objective"], tokenizer)
     engine.start(device)
     if dist.world_size() > 1:
@@ -109,6 +110,7 @@ def assemble(known):
     run = Run(**known, **data, hold=hold, resumed_from=resumed_from, progress=progress, total_steps=total_steps)
     run.engine, run.step = ds_engine, partial(engine.accumulate, ds_engine, run.objective)
     run.guard = Guard(ds_engine, config, run.train_type, run.rows.where)
+    record |= fingerprint(config.model_name_or_path) if dist.is_main() else {}
     run.saver = Saver(ds_engine, tokenizer, run.train_type, config, record, best)
     return run
 

@@ -61,7 +61,8 @@ def _freeze(model, config, mode):
 
 def _ptuning(model, config, mode):
     sizes = config.pre_seq_len, config.prefix_projection, config.prefix_dropout
-    return add_prompt(model, *sizes, config.max_len) if config.ptuning_version == 1 else add_prefix(model, *sizes)
+    max_len = 0 if config.allow_longer else config.max_len
+    return add_prompt(model, *sizes, max_len) if config.ptuning_version == 1 else add_prefix(model, *sizes)
 
 
 def _ptuning_rate(config):

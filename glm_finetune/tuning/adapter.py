@@ -39,8 +39,10 @@ def _without_start(tensors, config, start):
     return tensors, dataclasses.replace(config, r=2 * config.r, lora_alpha=alpha, init_lora_weights=True)
 
 
-def load_adapter(model, folder):
+def load_adapter(model, folder, is_empty=False):
     """Put the adapter in `folder` (peft's layout, also of 2023) on `model`, for prediction.
+
+    is_empty: the model has no values (`convert.proof.empty_model`), and what learnt gets its own dtype.
 
     Raises UserError when a file is missing or damaged, or its tensors do not fit the base: of names that are missing
     peft only warns, and those that it does not know it leaves out in silence.
@@ -52,7 +54,7 @@ def load_adapter(model, folder):
     names = {name for name, _ in iter_file(files[0])}
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
-            place = dict(torch_device=str(model.device), low_cpu_mem_usage=True)
+            place = dict(torch_device=str(model.device), low_cpu_mem_usage=is_empty)
             model = PeftModel.from_pretrained(model, str(folder), **place).eval()
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"{folder}: the adapter does not fit the base model: {str(error)[:400]}") from error
