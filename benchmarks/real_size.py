@@ -148,8 +148,8 @@ def work(name, folder, *more):
     if name == "raw":  # every tensor once, converted
         from glm_finetune.weights import iter_tensors
 
-        for _, tensor in iter_tensors(folder):
-            tensor.to(torch.bfloat16, copy=True)
+        kept = [tensor.to(torch.bfloat16, copy=True) for _, tensor in iter_tensors(folder)]
+        return print(len(kept), "tensors")
     elif name == "ours":
         from glm_finetune import MODE
 

@@ -16,7 +16,7 @@ from glm_finetune.record import Prompt, prompt_of, read_record
 from glm_finetune.tuning.adapter import load_adapter
 from glm_finetune.tuning.ptuning import is_prefix_folder, load_prefix
 from glm_finetune.tuning.quantize import Quantized
-from glm_finetune.weights import OnDevice, fingerprint, read_json, weight_files
+from glm_finetune.weights import Mapped, fingerprint, read_json, weight_files
 
 
 def check_base(mode, folder, rope_rule=None, max_len=0):
@@ -176,7 +176,7 @@ def _mode_of(base):
 def load_model_folder(folder, precision, device, bits=None):
     """Tokenizer and model of a ModelFolder, ready to generate. bits: 4 or 8 of the base's weights, else `precision`."""
     (tokenizer, _), given = folder.check_base(), (DTYPES[precision], device)
-    place = Quantized(*given, bits) if bits else OnDevice(*given)
+    place = Quantized(*given, bits) if bits else Mapped(*given)
     model = load_base(folder.mode, folder.base, place, rope_rule=folder.rope_rule)
     if folder.adapter is None:
         return tokenizer, model

@@ -184,7 +184,8 @@ class OnDevice:
     """Where weights go as they are read: every one whole onto `device`, as `dtype`.
 
     A place has two methods. construct(build) -> build(), a model without values. assign(model, name, tensor) gives a
-    parameter its value and returns whether all of it is finite. Others: `engine.Partitioned`, `quantize.Quantized`.
+    parameter its value and returns whether all of it is finite. Others: `Mapped`, `engine.Partitioned`,
+    `quantize.Quantized`.
 
         file             a.weight (fp16)           b.weight
         OnDevice         cast, whole, on the card  the same            a model of meta tensors, replaced one by one
@@ -209,6 +210,18 @@ class OnDevice:
         value = torch.empty(tensor.shape, dtype=self.dtype, device=self.device).copy_(tensor)
         replace_parameter(model, name, value)
         return is_finite(value)
+
+
+class Mapped(OnDevice):
+    """The CPU, where tensors that have the dtype already stay in the file, mapped: read when needed, evicted if need
+    be. For prediction: a file that is written over while it is mapped takes the model with it.
+    """
+
+    def assign(self, model, name, tensor):
+        if tensor.dtype != self.dtype or self.device.type != "cpu":
+            return super().assign(model, name, tensor)
+        replace_parameter(model, name, tensor)
+        return is_finite(tensor)
 
 
 def replace_parameter(model, name, value):

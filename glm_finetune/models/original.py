@@ -86,7 +86,7 @@ class OriginalModel(PreTrainedModel):
         """
         config = cls.config_class.from_pretrained(folder).stretch(folder, rope_rule)
         dtype = dtype or getattr(torch, config.source.get("torch_dtype", "float32"))
-        place = place or weights.OnDevice(dtype, torch.device("cpu"))
+        place = place or weights.Mapped(dtype, torch.device("cpu"))
         if weights.weight_bytes(folder) > weights.LARGE_BYTES:
             weights.check_host(lambda: cls(config), folder, place)
         model = place.construct(lambda: cls(config))

@@ -111,7 +111,7 @@ class Partitioned(OnDevice):
         hf_config = HfDeepSpeedConfig(self.ds_config)  # while it lives, peft gathers the weights it looks at
         # The dtype goes through the configuration: the argument `dtype` is overruled by what the device supports.
         config = {**self.ds_config, "bf16": {"enabled": self.dtype == torch.bfloat16}}
-        with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=config):
+        with bar("divide: before it is read"), no_init_weights(), deepspeed.zero.Init(config_dict_or_path=config):
             model = build()
         model.hf_deepspeed_config = hf_config
         return model
