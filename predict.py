@@ -18,6 +18,7 @@ from glm_finetune.answer import answers
 from glm_finetune.answer.chat import converse
 from glm_finetune.answer.decoder import Decoder, Printer
 from glm_finetune.answer.flags import MIN_PROMPT, PredictConfig
+from glm_finetune.bars import keep_alive
 from glm_finetune.data.samples import read_questions
 from glm_finetune.errors import UserError, naming
 from glm_finetune.evaluate.metrics import triple_scores
@@ -40,6 +41,7 @@ def main():
     done = answers.answered(path, rows, config, settings) if config.test_path else []
     dist.seed_all(config.seed)
     if is_large:
+        keep_alive()
         print(f"{device}, {precision} ({why})", file=sys.stderr)
     tokenizer, model = build.load_model_folder(folder, precision, device, config.quantization_bit)
     if config.chat:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from glm_finetune import dist, host
-from glm_finetune.bars import counted, keep_alive
+from glm_finetune.bars import counted
 from glm_finetune.errors import NotWritten, OutOfMemory, UserError
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -247,7 +247,6 @@ def check_host(build, folder, place):
         num_elements = sum(map(full_size, build().parameters()))
     what = f"{folder} as {DTYPE_NAMES[place.dtype]}"
     dist.on_main(host.check_fits, place.host_bytes(num_elements), what, TOO_LARGE)
-    keep_alive()
 
 
 def fill(model, folder, place, ignore=(), aliases=None):

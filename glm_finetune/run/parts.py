@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import partial
 
 from glm_finetune import dist, tuning
+from glm_finetune.bars import keep_alive
 from glm_finetune.data.cache import default_cache_dir
 from glm_finetune.data.dataset import InstructionDataset, collate
 from glm_finetune.data.files import paths_of
@@ -50,7 +51,8 @@ def settle(config):
     (_, world_size), device = dist.launched(), dist.choose_device(config.device, config.cudnn_attention)
     ds_json = read_ds_file(config.ds_file)
     raise_together(tuning.problems(config, train_type, stage_of(ds_json)))
-    is_large = weight_bytes(config.model_name_or_path) > LARGE_BYTES
+    if is_large := weight_bytes(config.model_name_or_path) > LARGE_BYTES:
+        keep_alive()
     precision, why = dist.choose_precision(config.precision or precision_of(ds_json), device, is_large)
     ds_config = resolve(ds_json, config, world_size, precision, device.type, train_type.fp32)
     chosen = dict(config=config, mode=mode, objective=OBJECTIVE[config.objective], train_type=train_type)
