@@ -12,7 +12,7 @@ import predict
 from glm_finetune import MODE, bars, build, dist, host, weights
 from glm_finetune.answer.decoder import Printer
 from glm_finetune.errors import UserError
-from glm_finetune.run import memory
+from glm_finetune.run import memory, tracker
 from glm_finetune.run.engine import Partitioned
 from glm_finetune.tuning.quantize import Quantized
 from tests.refusal import run_main
@@ -181,3 +181,11 @@ def test_the_start_lines_say_what_was_changed(verbose, checkpoints, data_file, t
     assert "lora_dim 4" in lines["flags"] and ("lora_alpha" in lines["flags"]) == verbose
     assert ("deepspeed" in lines) == verbose
     assert "(asked for)" in lines["device"] or "(a small model on a CPU)" in lines["device"]
+
+
+def test_the_peak_of_a_run_does_not_count_what_was_read_before_it():
+    read = bytearray(2**29)
+    before = tracker.peak_gib(CPU)
+    del read
+    tracker.forget_peak()
+    assert tracker.peak_gib(CPU) < before - 0.4

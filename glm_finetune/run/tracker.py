@@ -4,6 +4,7 @@ import json
 import math
 import resource
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -53,6 +54,7 @@ def new_tracker(config, total_steps, first_step):
     """The tracker of this rank. first_step: steps that an earlier run did; what it logged beyond them is dropped."""
     if not dist.is_main():
         return SilentTracker()
+    forget_peak()
     if (metrics := Path(config.output_dir) / "metrics.jsonl").is_file():
         _forget_after(metrics, first_step)
     return Tracker(config.output_dir, config.logging_dir, total_steps, first_step)
@@ -85,8 +87,14 @@ class Meter:
         return self.loss / self.targets if self.targets else math.nan, self.tokens / (time.perf_counter() - self.since)
 
 
+def forget_peak():
+    """Count the resident peak of a CPU from here on, without the files that were mapped while they were read."""
+    with suppress(OSError):  # no /proc
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_gib(device):
-    """Peak memory of this rank in GiB: allocated on the card, or resident on a CPU."""
+    """Peak memory of this rank in GiB: allocated on the card, or resident on a CPU since `forget_peak`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # which is in KiB
