@@ -15,6 +15,7 @@ from pathlib import Path
 from glm_finetune.errors import UserError, did_you_mean, raise_together, unknown_choice
 
 NOT_FROM_RECORD = ("config", "resume", "force", "overwrite_output_dir", "local_rank", "deepspeed", "deepspeed_config")
+ALIASES = {"local_rank": ("--local-rank",)}  # as torch.distributed.launch gives it; LOCAL_RANK of the environment rules
 PRECISIONS = ("bf16", "fp16", "fp32")
 POSITIVE, NOT_NEGATIVE, SHARE = "must be above 0", "must not be negative", "must be between 0 and 1"
 DROPOUT, SEED = "must be at least 0 and below 1 (1 drops everything)", f"must be between 0 and {2**32 - 1}"
@@ -84,7 +85,9 @@ def _parser(config_class, fields, description):
         kind, text = _value_type(item.type), item.metadata["help"].replace("%", "%%")
         text += endings.get(item.default, f" (default: {item.default})")
         options = dict(type=_reader(kind), metavar=kind.__name__.upper(), default=argparse.SUPPRESS, help=text)
-        group.add_argument(f"--{name}", **options, **({"nargs": "?", "const": True} if kind is bool else {}))
+        group.add_argument(
+            f"--{name}", *ALIASES.get(name, ()), **options, **({"nargs": "?", "const": True} if kind is bool else {})
+        )
     return parser
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +86,12 @@ def describe(path):
 
 def write_record(record, folder):
     write_json(record, Path(folder) / FILE)
+
+
+def copy_side_files(base, folder):
+    """What else a checkpoint has: the original's code, with which transformers reads it, and generation settings."""
+    for path in [*Path(base).glob("*.py"), *Path(base).glob("generation_config.json")]:
+        shutil.copyfile(path, Path(folder) / path.name)
 
 
 def read_record(folder):

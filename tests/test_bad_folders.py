@@ -138,6 +138,10 @@ def test_shards_are_loaded_and_a_missing_or_truncated_one_is_named(damaged, endi
         (fields(padded_vocab_size=5000), ["the tokenizer has 909 ids, the model 5,000", "another checkpoint"]),
         (write("tokenizer.model", tokenizer_model("glm")), ["the tokenizer has 1,009 ids", "another checkpoint"]),
         (fields(eos_token_id=7), ["eos_token_id is 7", "another checkpoint"]),
+        (
+            write("tokenizer.model", b"version https://git-lfs.github.com/spec/v1\n"),
+            ["tokenizer.model", "git lfs pull"],
+        ),
     ],
 )
 def test_a_bad_checkpoint_is_named_with_what_is_wrong(damaged, damage, parts):

@@ -230,3 +230,9 @@ def test_a_run_uses_the_learning_rates_of_its_table(ranks, micro_batch, accumula
     flags |= dict(num_train_epochs=2, warmup_steps=2, learning_rate=1e-3, min_lr_ratio=0, lr_scheduler="linear")
     records, *_ = run("glm3", "lora", checkpoints, data_file, tmp_path / "out", ranks, **flags)
     assert [r["lr"] for r in records] == pytest.approx([5e-4, 1e-3, 7.5e-4, 5e-4, 2.5e-4, 0], abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["--local_rank", "--local-rank"])
+def test_both_launchers_names_of_the_rank_are_taken(name):
+    needed = ["--train_path", "a", "--output_dir", "b", "--model_name_or_path", "c"]
+    assert parse(TrainConfig, [*needed, f"{name}=1"]).local_rank == 1

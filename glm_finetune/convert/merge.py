@@ -18,7 +18,7 @@ from glm_finetune.bars import counted, keep_alive
 from glm_finetune.convert.proof import TOLERANCE, check_sum, compare, empty_model, is_empty, probe
 from glm_finetune.errors import UserError
 from glm_finetune.models.original import DTYPE_NAMES, DTYPES
-from glm_finetune.record import merged_record, write_record
+from glm_finetune.record import copy_side_files, merged_record, write_record
 from glm_finetune.tuning.adapter import load_adapter
 from glm_finetune.weights import do_not_fit, is_finite, matched, read_json, weight_bytes, write_json, write_sharded
 
@@ -168,6 +168,5 @@ def write_beside(source, folder, tokenizer, fields):
     """Configuration, tokenizer, record and what else the base has (the original's code as *.py files)."""
     write_json(fields, folder / "config.json")
     tokenizer.save_pretrained(folder)
-    for path in [*source.base.glob("*.py"), *source.base.glob("generation_config.json")]:
-        shutil.copyfile(path, folder / path.name)
+    copy_side_files(source.base, folder)
     write_record(merged_record(source.adapter, source.mode, source.base, source.prompt), folder)

@@ -53,6 +53,8 @@ class Tokenizer:
         path = self.folder / self.model_file
         found = sorted(p.name for p in self.folder.iterdir()) if self.folder.is_dir() else "no such folder"
         reason = str(error).splitlines()[0]
+        if path.is_file() and path.read_bytes()[:40].startswith(b"version https://git-lfs"):
+            return UserError(f"{path}: a git-lfs pointer, not the file itself: git lfs pull, or copy the file again.")
         return UserError(f"{path}: not a readable SentencePiece model ({reason}). Found in the folder: {found}.")
 
     @classmethod

@@ -14,7 +14,7 @@ from threading import Thread
 from glm_finetune import dist
 from glm_finetune.bars import counted
 from glm_finetune.errors import NotWritten, UserError
-from glm_finetune.record import describe, write_record
+from glm_finetune.record import copy_side_files, describe, write_record
 from glm_finetune.run import state
 from glm_finetune.run.engine import is_partitioned, whole
 from glm_finetune.run.folder import MANIFEST, TEMPORARY, checkpoints, is_marked, step_of
@@ -108,6 +108,8 @@ class Saver:
             total, title = state.num_bytes(self.engine.module), f"save {target.name}"
             weights = counted(weights, f"{title}: weights", total[self.train_type.saves == "weights"])
             _write_model(self.engine.module, self.tokenizer, self.train_type, temporary, weights)
+            if self.train_type.saves == "weights":
+                copy_side_files(self.config.model_name_or_path, temporary)
             tensors = counted(tensors, f"{title}: state", total[-1])
             state.write(temporary / state.FOLDER, tensors, randoms, numbers)
             write_record(record, temporary)
