@@ -18,7 +18,7 @@ from glm_finetune import build, weights
 from glm_finetune.config import TrainConfig
 from glm_finetune.data.sampler import Progress
 from glm_finetune.flags import parse
-from glm_finetune.record import train_record
+from glm_finetune.record import fingerprint, train_record
 from glm_finetune.run import checkpoint, state
 from glm_finetune.run.folder import check_output_dir
 from glm_finetune.run.parts import choose
@@ -62,7 +62,7 @@ def new_run(base, output_dir, kind):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
     tokenizer = mode.tokenizer.from_pretrained(base)
-    record, engine = train_record(config, train_type, tokenizer, 1), StandInEngine(model)
+    record, engine = train_record(config, train_type, tokenizer, 1) | fingerprint(base), StandInEngine(model)
     config.save_total_limit = 1
     saver = checkpoint.Saver(engine, tokenizer, TRAIN_TYPE[kind], config, record)
     return lambda step: save(saver, Progress(step, 1, 0))
