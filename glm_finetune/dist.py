@@ -158,10 +158,7 @@ def _no_precision(wanted, device):
 
 
 def choose_precision(wanted, device, is_large=False):
-    """(bf16, fp16 or fp32, why): what was asked for, or the best of `device` for a model that is large or not.
-
-    Raises UserError for what the device cannot train in.
-    """
+    """(bf16, fp16 or fp32, why): as asked, or the best of `device`. Raises UserError for what it cannot train in."""
     # A card computes in bf16 from compute capability 8.0 (Ampere) on; torch also counts slow emulation.
     old_card = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
     if (wanted == "fp16" and device.type == "cpu") or (wanted == "bf16" and old_card):

@@ -110,8 +110,7 @@ class Saver:
             _write_model(self.engine.module, self.tokenizer, self.train_type, temporary, weights)
             if self.train_type.saves == "weights":
                 copy_side_files(self.config.model_name_or_path, temporary)
-            tensors = counted(tensors, f"{title}: state", total[-1])
-            state.write(temporary / state.FOLDER, tensors, randoms, numbers)
+            state.write(temporary / state.FOLDER, counted(tensors, f"{title}: state", total[-1]), randoms, numbers)
             write_record(record, temporary)
             write_manifest(temporary)
             if target.is_dir() and is_marked(target):
@@ -169,8 +168,7 @@ def write_manifest(folder):
 def _hashed(files, folder):
     """The paths, with a bar of their bytes."""
     total = sum(path.stat().st_size for path in files if path.is_file())
-    name = folder.name.removeprefix(TEMPORARY)
-    return counted(files, f"hash {name}", total, lambda path: path.stat().st_size)
+    return counted(files, f"hash {folder.name.removeprefix(TEMPORARY)}", total, lambda path: path.stat().st_size)
 
 
 def _manifest(folder):

@@ -45,8 +45,8 @@ def learning(model):
 def num_bytes(model):
     """Bytes of (what learns, all weights, masters and moments)."""
     learn = [parameter for _, parameter in learning(model)]
-    state = 4 * (1 + len(MOMENTS)) * sum(map(weights.full_size, learn))
-    return sum(map(weights.full_bytes, learn)), sum(map(weights.full_bytes, model.parameters())), state
+    sizes = (sum(map(weights.full_bytes, parameters)) for parameters in (learn, model.parameters()))
+    return *sizes, 4 * (1 + len(MOMENTS)) * sum(map(weights.full_size, learn))
 
 
 def tensors_of(engine):
