@@ -57,7 +57,7 @@ def config_of(mode, folder, rope_rule=None):
     """The configuration of a base folder. Raises UserError if there is none or it is of another architecture."""
     if (path := Path(folder) / "config.json").is_file():
         refuse_architecture(mode, path, read_json(path))
-    config = mode.config.from_pretrained(folder).stretch(folder, _rule_of(mode, rope_rule))
+    config = mode.config.from_pretrained(folder).stretch(folder, rope_rule, mode.rope_rule)
     if bits := config.source.get("quantization_bit"):
         quantised = f"{folder}: quantised to {bits} bits (its config.json)"
         raise UserError(f"{quantised}; give the original checkpoint in 16 bit.")
@@ -66,14 +66,10 @@ def config_of(mode, folder, rope_rule=None):
     return config
 
 
-def _rule_of(mode, rope_rule):
-    """The rule that was asked for, or the mode's, which holds where the checkpoint itself says none."""
-    return rope_rule or mode.rope_rule and f"{mode.rope_rule}?"
-
-
 def load_base(mode, folder, place, gradient_checkpointing=False, rope_rule=None):
     """The base model in eval mode, its weights at `place`. Raises UserError for weights that do not fit."""
-    model = mode.model.from_pretrained(folder, place=place, rope_rule=_rule_of(mode, rope_rule))
+    rope_rule = config_of(mode, folder, rope_rule).rope_rule
+    model = mode.model.from_pretrained(folder, place=place, rope_rule=rope_rule)
     if gradient_checkpointing:
         enable_checkpointing(model)
     return model

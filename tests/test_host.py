@@ -189,3 +189,23 @@ def test_the_peak_of_a_run_does_not_count_what_was_read_before_it():
     del read
     tracker.forget_peak()
     assert tracker.peak_gib(CPU) < before - 0.4
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_weights_that_stay_in_the_file_are_checked_and_the_file_is_not_changed(kind, checkpoints, tmp_path):
+    base = shutil.copytree(checkpoints["glm3"], tmp_path / "base")
+    file, tensors = base / "model.safetensors", dict(weights.iter_tensors(base))
+    if kind == "bin":
+        file.unlink()
+        file = base / "pytorch_model.bin"
+        torch.save(tensors, file)
+    before = file.read_bytes()
+    model = MODE["glm3"].model.from_pretrained(base)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert file.read_bytes() == before
+    tensors["transformer.encoder.layers.1.mlp.dense_4h_to_h.weight"][3, 3] = float("nan")
+    weights.write_tensors(tensors, file) if kind == "safetensors" else torch.save(tensors, file)
+    with pytest.raises(UserError, match="inf or nan .*layers.1.mlp.dense_4h_to_h.weight"):
+        MODE["glm3"].model.from_pretrained(base)

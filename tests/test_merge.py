@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import merge_lora
+import predict
 from glm_finetune import MODE, build
 from glm_finetune.models import prefixes
 from glm_finetune.weights import iter_tensors, read_json, write_json, write_sharded
@@ -15,6 +16,7 @@ from tests.refusal import run_main
 from tests.test_training import run
 
 CPU = torch.device("cpu")
+IDS = torch.tensor([[1, 2, 30, 40, 50]])
 
 
 def adapter(base, folder, mode="glm3", **settings):
@@ -27,6 +29,8 @@ def adapter(base, folder, mode="glm3", **settings):
         if parameter.requires_grad and "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
+    if mode == "glm3":
+        torch.save(model.eval()(IDS).logits.detach(), folder / "logits.pt")  # what it gives
     return folder
 
 
@@ -85,10 +89,13 @@ UNLIKE = {
 
 
 @pytest.mark.parametrize("name", UNLIKE)
-def test_an_adapter_that_is_no_plain_sum_is_refused_by_name(name, checkpoints, tmp_path, monkeypatch, capsys):
+def test_an_adapter_that_is_no_plain_sum_is_asked_but_not_merged(name, checkpoints, tmp_path, monkeypatch, capsys):
     settings, words = UNLIKE[name]
     folder = adapter(checkpoints["glm3"], tmp_path / "adapter", **settings)
     assert words in refused_merge(checkpoints["glm3"], folder, monkeypatch, capsys)
+    source = build.find_model_folder(folder, "glm3", checkpoints["glm3"])
+    found = build.load_model_folder(source, "fp32", CPU)[1](IDS).logits
+    torch.testing.assert_close(found, torch.load(folder / "logits.pt"), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("value, flags", [(float("nan"), []), (1e6, ["--dtype", "fp16"])], ids=["nan", "too large"])
@@ -111,3 +118,26 @@ def test_room_is_asked_for_the_dtype_that_is_written(checkpoints, tmp_path, monk
     given = ["--model_dir", folder, "--ori_model_dir", checkpoints["glm3"], "--mode", "glm3", "--dtype", "bf16"]
     assert run_main(merge_lora, monkeypatch, capsys, *given)[0] == 0
     assert json.loads((tmp_path / "adapter-merged/config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_flags_reach_the_base_that_is_merged_or_asked(checkpoints, data_file, tmp_path, monkeypatch, capsys):
+    """--force, --rope_rule and --quantization_bit from the command line of both scripts to what they are for."""
+    base = shutil.copytree(checkpoints["glm2"], tmp_path / "base")
+    folder = adapter(base, tmp_path / "adapter", "glm2")
+    write_json({"mode": "glm2", "base": str(base), "base_fingerprint": "of another"}, folder / "train_config.json")
+    write_json({**read_json(base / "config.json"), "rope_ratio": 4}, base / "config.json")
+    asked = ["--model_path", folder, "--ori_model_dir", base, "--instruction", "你好", "--max_new_tokens", 2]
+    for script, flags in ((predict, asked), (merge_lora, ["--model_dir", folder, "--ori_model_dir", base])):
+        code, error = run_main(script, monkeypatch, capsys, *flags)
+        assert code == 2 and "--force" in error
+        code, error = run_main(script, monkeypatch, capsys, *flags, "--force")
+        assert code == 2 and "--rope_rule" in error
+    assert run_main(merge_lora, monkeypatch, capsys, *flags, "--force", "--rope_rule", "position")[0] == 0
+    assert read_json(tmp_path / "adapter-merged/config.json")["rope_rule"] == "position"
+    places, own = [], build.load_base
+    monkeypatch.setattr(
+        build, "load_base", lambda *parts, **named: places.append((parts[2], named)) or own(*parts, **named)
+    )
+    more = ["--force", "--rope_rule", "position", "--quantization_bit", 8]
+    assert run_main(predict, monkeypatch, capsys, *asked, *more)[0] == 0
+    assert places[0][0].bits == 8 and places[0][1]["rope_rule"] == "position"

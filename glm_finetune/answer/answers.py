@@ -17,7 +17,8 @@ from glm_finetune.errors import UserError
 from glm_finetune.weights import read_json, write_json, write_text
 
 ELSEWHERE = "Give another --output_path, or --overwrite to answer everything again."
-NAMES = "max_length max_new_tokens do_sample top_p temperature num_beams seed truncation data_format columns".split()
+NAMES = ("max_length", "max_new_tokens", "do_sample", "top_p", "temperature", "num_beams", "seed", "truncation")
+NAMES += ("data_format", "columns", "quantization_bit")
 
 
 def output_path(config, folder):
@@ -41,7 +42,7 @@ def settings_of(config, folder, precision):
         **dataclasses.asdict(folder.prompt),
         "precision": precision,
         "rope_rule": folder.settled_rule(),
-        **{name: getattr(config, name) for name in (*NAMES, "quantization_bit")},
+        **{name: getattr(config, name) for name in NAMES},
     }
 
 

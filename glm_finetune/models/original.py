@@ -44,11 +44,11 @@ class OriginalConfig(PreTrainedConfig):
         config.source = fields
         return config
 
-    def stretch(self, folder, rope_rule=None):
+    def stretch(self, folder, rope_rule=None, default=None):
         """Know what a rope_ratio other than 1 means in the checkpoint `folder`, see `rope.choose_rule`."""
         self.rope_rule = None
         if self.rope_ratio != 1:
-            self.rope_rule = self.source["rope_rule"] = choose_rule(Path(folder), self.source, rope_rule)
+            self.rope_rule = self.source["rope_rule"] = choose_rule(Path(folder), self.source, rope_rule, default)
         return self
 
     @classmethod

@@ -17,34 +17,33 @@ IN_CODE = {  # rope_ratio as it is used there
 }
 
 
-def choose_rule(folder, fields, asked):
-    """ "base" or "position" for the config.json `fields` of a folder, a Path. asked: the rule where nothing says it.
+def choose_rule(folder, fields, asked=None, default=None):
+    """One of RULES for the config.json `fields` of a folder, a Path. asked: by a flag, or recorded in training.
 
-    asked may end in "?": taken only then. Raises UserError if the ratio is 0, nothing says which, or two say otherwise.
+    default: where nothing says which. Raises UserError if the ratio is 0, nothing says which, or two say otherwise.
     """
+    path, recorded = folder / "config.json", fields.get("rope_rule")
     if fields["rope_ratio"] == 0:
-        raise UserError(f"{folder / 'config.json'}: rope_ratio is 0, expected something like 1.0 or 50.")
-    if fields.get("rope_rule") not in (None, *RULES):
-        names = " or ".join(RULES)
-        raise UserError(f"{folder / 'config.json'}: rope_rule is {fields['rope_rule']!r}, expected {names}.")
-    wanted, is_default = (asked or "").rstrip("?"), (asked or "?").endswith("?")
-    known = {fields["rope_rule"]: "config.json"} if fields.get("rope_rule") else rules_in(folder / CODE)
+        raise UserError(f"{path}: rope_ratio is 0, expected something like 1.0 or 50.")
+    if recorded not in (None, *RULES):
+        raise UserError(f"{path}: rope_rule is {recorded!r}, expected {' or '.join(RULES)}.")
+    known = {recorded: path} if recorded else rules_in(folder / CODE)
     if len(known) == 1:
-        (rule, where), *_ = known.items()
-        if not is_default and wanted != rule:
-            said = f"{folder / where} says {rule}, where {wanted} was asked for, or trained with"
+        ((rule, where),) = known.items()
+        if asked not in (None, rule):
+            said = f"{where} says {rule}, where {asked} was asked for, or trained with"
             raise UserError(f"rope_ratio, --rope_rule: {said}. Leave the flag out, or give the base of the training.")
         return rule
-    if not wanted:
+    if not (asked or default):
         raise UserError(
             f"{folder}: rope_ratio is {fields['rope_ratio']} and nothing says by which rule. Put the {CODE} that was "
             "published with the weights beside them, or give --rope_rule position (it divides positions, as in "
             "ChatGLM2-6B-32k) or --rope_rule base (it multiplies the rotary base, as in ChatGLM3-6B-32k)."
         )
-    return wanted
+    return asked or default
 
 
 def rules_in(path):
-    """{rule: name of the file} of the rules by which a file of code uses rope_ratio; empty if there is no file."""
+    """{rule: the file} of the rules by which a file of code uses rope_ratio; empty if there is no file."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    return {rule: path.name for rule, pattern in IN_CODE.items() if re.search(pattern, text)}
+    return {rule: path for rule, pattern in IN_CODE.items() if re.search(pattern, text)}
