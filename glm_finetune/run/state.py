@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from glm_finetune import dist, weights
-from glm_finetune.bars import counted
+from glm_finetune.bars import bar, counted
 from glm_finetune.data.sampler import Progress
 from glm_finetune.errors import UserError
 from glm_finetune.run.engine import whole
@@ -101,9 +101,10 @@ def restore(engine, folder, batch, seed, device):
         raise UserError(f"--resume: what learns is not what learnt there: {', '.join(sorted(different)[:4])}, ...")
     for group in engine.optimizer.param_groups:
         group["lr"] = 0.0
-    for _ in range(engine.gradient_accumulation_steps()):
-        engine.backward(engine(**batch, use_cache=False).token_losses.sum())
-        engine.step()
+    with bar("restore: a step that changes nothing"):
+        for _ in range(engine.gradient_accumulation_steps()):
+            engine.backward(engine(**batch, use_cache=False).token_losses.sum())
+            engine.step()
     _link_moments(engine)
     learn, total = learning(engine.module), num_bytes(engine.module)[0]
     for name, parameter in counted(learn, "restore", total, lambda pair: weights.full_bytes(pair[1])):
