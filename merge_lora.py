@@ -22,7 +22,12 @@ def main():
     config = parse(MergeConfig, sys.argv[1:], __doc__)
     given = dict(force=config.force, rope_rule=config.rope_rule)
     folder = build.find_model_folder(config.model_dir, config.mode, config.ori_model_dir, **given)
-    if folder.adapter is None or folder.is_prefix:
+    if folder.is_prefix:
+        raise UserError(
+            f"--model_dir {config.model_dir}: a prefix is not part of the weights and cannot be merged. Train it "
+            "further with --train_type ptuning --init_from, or keep it beside its base (predict.py --model_path)."
+        )
+    if folder.adapter is None:
         raise UserError(
             f"--model_dir {config.model_dir}: no LoRA adapter (adapter_config.json without config.json beside it)."
         )

@@ -10,14 +10,15 @@ trained here is asked with the prompt of its training, a bare base with its offi
 
 import json
 import sys
+from functools import partial
 
 from tqdm import tqdm
 
 from glm_finetune import build, dist, exits
 from glm_finetune.answer import answers
-from glm_finetune.answer.chat import converse
-from glm_finetune.answer.decoder import Decoder, Printer
+from glm_finetune.answer.chat import check_rounds, converse
 from glm_finetune.answer.flags import MIN_PROMPT, PredictConfig
+from glm_finetune.answer.reply import Reply, as_answered, text_of
 from glm_finetune.bars import keep_alive
 from glm_finetune.data.samples import read_questions
 from glm_finetune.errors import UserError, naming
@@ -36,7 +37,9 @@ def main():
     is_large = weight_bytes(folder.base) > LARGE_BYTES
     precision, why = dist.choose_precision(config.precision, device, is_large)
     config.max_length = length_of(config, folder)
-    rows = list(read_questions(config, folder.prompt.prompt_text)) if config.test_path else []
+    if config.chat:
+        check_rounds(folder.prompt.template)
+    rows = list(read_questions(config, folder.prompt)) if config.test_path else []
     path, settings = answers.output_path(config, folder), answers.settings_of(config, folder, precision)
     done = answers.answered(path, rows, config, settings) if config.test_path else []
     dist.seed_all(config.seed)
@@ -45,16 +48,20 @@ def main():
         print(f"{device}, {precision} ({why})", file=sys.stderr)
     tokenizer, model = build.load_model_folder(folder, precision, device, config.quantization_bit)
     if config.chat:
-        converse(model, tokenizer, folder.mode, folder.prompt.template, config)
+        converse(model, tokenizer, folder, config)
     elif config.test_path:
         answers.begin(path, done, settings)
         answer_file(model, tokenizer, folder, config, rows, path, done)
     else:
-        messages = [{"role": "user", "content": config.instruction + config.input}]
-        _, num_cut = answer_batch(model, tokenizer, folder, config, [("the question", messages)], Printer())
+        messages = [{"role": "user", "content": folder.prompt.question(config.instruction, config.input)}]
+        _, num_cut = answer_batch(model, tokenizer, folder, config, [("the question", messages)], show)
         print()
         if num_cut:
             print(f"the question was cut to fit --max_length {config.max_length}", file=sys.stderr)
+
+
+def show(piece):
+    print(piece, end="", flush=True)
 
 
 def length_of(config, folder):
@@ -81,7 +88,7 @@ def length_of(config, folder):
 def answer_batch(model, tokenizer, folder, config, conversations, on_text=None):
     """(answers, number of questions cut to fit) for a list of (where, messages), generated together.
 
-    on_text: called with each piece of the only answer as it is made, blanks around it included.
+    on_text: called with each piece of the only answer as it is made.
     Raises UserError naming `where` for one that cannot be cut to fit.
     """
     room = config.max_new_tokens or config.max_length // 4  # kept free for the answer when a question is too long
@@ -93,13 +100,12 @@ def answer_batch(model, tokenizer, folder, config, conversations, on_text=None):
             rendered.append(folder.mode.render(tokenizer, messages, limits, template))
     prompts = [one.input_ids for one in rendered]
     lengths = [config.max_new_tokens or config.max_length - len(prompt) for prompt in prompts]
-    decoder = Decoder(tokenizer)
-    on_token = on_text and (lambda token: on_text(decoder.push(token)))
+    reply = Reply.of(folder, tokenizer)
+    on_token = on_text and (lambda token: on_text(reply.push(token)))
     rows = generate(model, tokenizer, folder.mode, prompts, lengths, on_token, **sampling_of(config))
     if on_text:
-        on_text(decoder.finish())
-    texts = [tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip() for ids in rows]
-    return texts, sum(one.question_cut for one in rendered)
+        on_text(reply.finish())
+    return [text_of(ids, folder, tokenizer) for ids in rows], sum(one.is_cut for one in rendered)
 
 
 def answer_file(model, tokenizer, folder, config, rows, path, done):
@@ -118,12 +124,21 @@ def answer_file(model, tokenizer, folder, config, rows, path, done):
                 file.write(json.dumps(done[-1], ensure_ascii=False) + "\n")
             file.flush()
     print(f"{len(done)} answers in {path}" + (f"; {num_cut} questions cut to fit --max_length" if num_cut else ""))
-    print_scores([(own["prediction"], answer) for own, (*_, answer) in zip(done, rows) if answer is not None])
+    if config.metrics:
+        held = partial(as_answered, folder=folder, tokenizer=tokenizer)
+        print_scores([(own["prediction"], [*map(held, references(row[-1]))]) for own, row in zip(done, rows)])
+
+
+def references(answer):
+    """The reference answers of a row, none to several. answer: of `read_questions`."""
+    return answer if isinstance(answer, list) else [] if answer is None else [answer]
 
 
 def print_scores(pairs):
-    """Scores of (predicted answer, gold answer), where these are triples."""
-    if pairs and any(len(line.split("_")) == 3 for _, gold in pairs for line in gold.split("\n")):
+    """Scores of (predicted answer, its references), of the rows that have some."""
+    if not (pairs := [(text, known) for text, known in pairs if known]):
+        print("no row has a reference answer: there is nothing to score")
+    else:
         scores = triple_scores(pairs)
         print(
             f"triples of {len(pairs)} samples: F1 {scores.mean_f1:.4f} (mean of the samples')  micro precision "

@@ -12,6 +12,8 @@ from glm_finetune.errors import UserError, raise_together, unknown_choice
 from glm_finetune.models.network import enable_checkpointing
 from glm_finetune.models.original import DTYPES
 from glm_finetune.modes import MODE, mode_of, refuse_architecture, refuse_others
+from glm_finetune.modes.added import refuse_added
+from glm_finetune.modes.identity import fields_of_base, is_adapter_folder
 from glm_finetune.record import Prompt, prompt_of, read_record
 from glm_finetune.tuning.adapter import load_adapter
 from glm_finetune.tuning.ptuning import is_prefix_folder, load_prefix
@@ -29,8 +31,7 @@ def check_base(mode, folder, rope_rule=None, max_len=0):
     if max_len > config.max_positions:
         raise too_long(f"--max_len {max_len}", folder, config)
     tokenizer = mode.tokenizer.from_pretrained(folder)
-    for problem in _of_another(tokenizer, config):
-        raise UserError(f"{folder}: {problem} belongs to another checkpoint.")
+    raise_together(f"{folder}: {problem} belongs to another checkpoint." for problem in _of_another(tokenizer, config))
     return tokenizer, config
 
 
@@ -55,15 +56,18 @@ def _of_another(tokenizer, config):
 
 def config_of(mode, folder, rope_rule=None):
     """The configuration of a base folder. Raises UserError if there is none or it is of another architecture."""
-    if (path := Path(folder) / "config.json").is_file():
-        refuse_architecture(mode, path, read_json(path))
+    refuse_architecture(mode, Path(folder) / "config.json", fields_of_base(folder))
     config = mode.config.from_pretrained(folder).stretch(folder, rope_rule, mode.rope_rule)
+    if config.source.get("quantization_bit") or (rope_rule and config.rope_ratio == 1):
+        raise _not_usable(folder, config, rope_rule)
+    return config
+
+
+def _not_usable(folder, config, rope_rule):
     if bits := config.source.get("quantization_bit"):
         quantised = f"{folder}: quantised to {bits} bits (its config.json)"
-        raise UserError(f"{quantised}; give the original checkpoint in 16 bit.")
-    if rope_rule and config.rope_ratio == 1:
-        raise UserError(f"--rope_rule {rope_rule}: {folder} has no rope_ratio in its config.json. Leave it out.")
-    return config
+        return UserError(f"{quantised}; give the original checkpoint in 16 bit.")
+    return UserError(f"--rope_rule {rope_rule}: {folder} has no rope_ratio in its config.json. Leave it out.")
 
 
 def load_base(mode, folder, place, gradient_checkpointing=False, rope_rule=None):
@@ -92,8 +96,11 @@ class ModelFolder:
     rope_rule: str | None = None
 
     def check_base(self, max_len=0):
-        """Tokenizer and configuration of its base, see `check_base`."""
-        return check_base(self.mode, self.base, self.rope_rule, max_len)
+        """Tokenizer and configuration of its base, see `check_base`; an adapter must not have learnt other tokens."""
+        tokenizer, config = check_base(self.mode, self.base, self.rope_rule, max_len)
+        if self.adapter:
+            refuse_added(tokenizer, self.adapter)
+        return tokenizer, config
 
     def settled_rule(self):
         """The rule of its base's rope_ratio, see `models.rope`; None without one."""
@@ -118,11 +125,11 @@ def find_model_folder(folder, mode_name=None, base=None, flags=None, force=False
         raise UserError(f"{folder}: no such folder.")
     record = read_record(folder)
     is_prefix = record.get("saves") == "prefix" or is_prefix_folder(folder)
-    is_lora = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
-    is_adapter = is_prefix or is_lora
+    is_adapter = is_prefix or is_adapter_folder(folder)
     base = Path(base or _recorded_base(folder, record)) if is_adapter else folder
+    fields = fields_of_base(base)
     mode_name = mode_name or record.get("mode")
-    mode = MODE.get(mode_name) if mode_name else _mode_of(base)
+    mode = MODE.get(mode_name) if mode_name else mode_of(fields, base.resolve().name)
     if mode is None:
         raise UserError(f"{folder}: which member of the family is it? Give --mode ({', '.join(MODE)}).")
     asked = {name: value for name, value in vars(flags).items() if value is not None} if flags else {}
@@ -131,21 +138,23 @@ def find_model_folder(folder, mode_name=None, base=None, flags=None, force=False
         hint = "an earlier version merged it and did not record the prompt of its training"
         print(f"{folder}: {hint}: give --prompt_text where one was used.", file=sys.stderr)
     if is_adapter:
-        _check_fingerprint(folder, record, base, force)
+        check_fingerprint(folder, record, base, force)
     is_bare = not record and not is_adapter
     rope_rule = rope_rule or (record.get("flags", {}).get("rope_rule") if is_adapter else None)
     return ModelFolder(mode, base, folder if is_adapter else None, prompt, is_bare, is_prefix, rope_rule)
 
 
-def _check_fingerprint(folder, record, base, force):
-    """Raise UserError if an adapter was trained on other weights: every sum with them would be wrong in silence."""
+def check_fingerprint(folder, record, base, force, flag="--ori_model_dir"):
+    """Raise UserError if an adapter was trained on other weights: every sum with them would be wrong in silence.
+    flag: the one that names the base.
+    """
     known = record.get("base_fingerprint")
     if known is None:
         print(f"{folder}: does not say what its base was like; {base} is taken for it.", file=sys.stderr)
     elif known != fingerprint(base):
         problem = f"{folder} was trained on {record['base']}; the weights in {base} are others now"
         if not force:
-            raise UserError(f"{problem}. Give that base with --ori_model_dir, or --force where it is meant.")
+            raise UserError(f"{problem}. Give that base with {flag}, or --force where it is meant.")
         print(f"{problem}; --force takes them.", file=sys.stderr)
 
 
@@ -158,15 +167,6 @@ def _recorded_base(folder, record):
             return path
     place = next(filter(None, recorded), "a recorded place")
     raise UserError(f"{folder}: its base checkpoint is not at {place} any more. Say where it is with --ori_model_dir.")
-
-
-def _mode_of(base):
-    """The Mode of a base that nothing is recorded of, or None. Raises UserError where there is no config.json."""
-    if not (base / "config.json").is_file():
-        inside = sorted({path.parent.name for path in base.glob("*/*config.json")})
-        hint = f" Give one of the folders in it: {', '.join(inside)}." if inside else ""
-        raise UserError(f"{base}: has no config.json; expected a checkpoint or an adapter (adapter_config.json).{hint}")
-    return mode_of(read_json(base / "config.json"), base.resolve().name)
 
 
 def load_model_folder(folder, precision, device, bits=None):

@@ -165,10 +165,14 @@ def choose_precision(wanted, device, is_large=False):
         raise _no_precision(wanted, device)
     if wanted:
         return wanted, "asked for"
+    if device.type == "cpu" and not is_large:
+        return "fp32", "a small model on a CPU"
+    return _best_precision(device, old_card)
+
+
+def _best_precision(device, old_card):
     if device.type == "cuda":
         return ("fp16", "the card has no bf16") if old_card else ("bf16", "the card has it")
-    if not is_large:
-        return "fp32", "a small model on a CPU"
     has_bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return ("bf16", "a large model on a CPU") if has_bf16 else ("fp32", "this processor has no bf16")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from glm_finetune.data.blocks import fingerprint as fingerprint_of_data
 from glm_finetune.data.cache import default_cache_dir
-from glm_finetune.data.flags import DataFlags
+from glm_finetune.data.flags import DataFlags, unescaped
 from glm_finetune.weights import fingerprint as fingerprint_of
 from glm_finetune.weights import read_json, write_json
 
@@ -26,7 +26,8 @@ PACKAGES = ("torch", "transformers", "peft", "deepspeed", "sentencepiece")
 # The data flags, all of which shape a run's samples, with what was done in checkpoints from before a flag was there.
 SAMPLES = {item.name: item.default for item in dataclasses.fields(DataFlags)}
 SAMPLES |= {"end_cut_answers": True, "objective": "instruct"}
-WHERE_SET = ("group_by_length", "streaming", "shuffle_buffer", "rope_rule")  # flags of the identity, where they are set
+# Flags of the identity, where they are set.
+WHERE_SET = ("group_by_length", "streaming", "shuffle_buffer", "rope_rule", "init_from")
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,20 @@ class Prompt:
 
     template: str = "official"
     prompt_text: str | None = None
+    input_separator: str | None = None
+
+    def question(self, instruction, text=""):
+        """What is asked, as the rows of the training were: their one prompt in front. text: of --input."""
+        between = unescaped(self.input_separator or "") if instruction and text else ""
+        return (self.prompt_text or "") + instruction + between + text
 
 
-def train_record(config, train_type, tokenizer, world_size):
-    """What is known of a run besides epoch, step and the weights of its base (`fingerprint`). config: TrainConfig."""
+def train_record(config, train_type, tokenizer, world_size, formats=()):
+    """What is known of a run besides epoch, step and its base's `fingerprint`. formats: Report.formats."""
     return {
         "format_version": FORMAT_VERSION,
-        "mode": config.mode,
-        "train_type": config.train_type,
-        **{item.name: getattr(config, item.name) for item in dataclasses.fields(Prompt)},
+        **{name: getattr(config, name) for name in ("mode", "train_type", "init_from", *Prompt.__dataclass_fields__)},
+        **({"template": "text"} if {*formats} == {"text"} else {}),  # it is asked to go on with a text
         "saves": train_type.saves,
         **_base(config.model_name_or_path),
         "world_size": world_size,
@@ -106,6 +112,5 @@ def prompt_of(record, asked):
     Earlier versions recorded some of it among the flags of a run, and in merged folders the template only.
     """
     known = {**record.get("flags", {}), **record, **asked}
-    fields = dataclasses.fields(Prompt)
-    prompt = Prompt(**{item.name: known.get(item.name, item.default) for item in fields})
-    return prompt, all(item.name in known for item in fields)
+    prompt = Prompt(**{item.name: known.get(item.name, item.default) for item in dataclasses.fields(Prompt)})
+    return prompt, all(name in known for name in ("template", "prompt_text"))

@@ -80,13 +80,16 @@ def read_json(path):
     """The object in a JSON file: a dict. Raises UserError naming a file that is missing, not JSON or not an object."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}).") from None
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise _no_json(path, error) from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}.")
     return value
+
+
+def _no_json(path, error):
+    is_missing = isinstance(error, FileNotFoundError)
+    return UserError(f"{path}: no such file." if is_missing else f"{path}: not valid JSON ({error}).")
 
 
 def iter_tensors(folder):
@@ -99,13 +102,13 @@ def iter_file(path):
     """Yield (name, tensor on the CPU) of a file. Raises UserError naming it if it is damaged or holds other things."""
     try:
         yield from _iter_safetensors(path) if path.suffix == ".safetensors" else _iter_bin(path)
-    except pickle.UnpicklingError:  # torch's message advises to switch the protection off
-        raise UserError(f"{path}: {NOT_PLAIN}") from None
-    except (SafetensorError, RuntimeError, EOFError, OSError, MemoryError) as error:
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, MemoryError) as error:
         raise _unreadable(path, error) from error
 
 
 def _unreadable(path, error):
+    if isinstance(error, pickle.UnpicklingError):  # whose own words, torch's, advise to switch the protection off
+        return UserError(f"{path}: {NOT_PLAIN}")
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
     if is_out_of_memory(error):
         return OutOfMemory(

@@ -12,7 +12,7 @@ mkdir -p "$out-logs"
 
 predict() { # name, model folder
     echo "== predict: $1"
-    python predict.py --model_path "$2" --mode glm3 --template train --test_path data/spo_1.json --max_new_tokens 80 \
+    python predict.py --model_path "$2" --mode glm3 --template train --test_path data/spo_1.json --metrics triples --max_new_tokens 80 \
         --batch_size 30 --output_path "$out-logs/$1.jsonl" | tee "$out-logs/$1.log"
 }
 f1() { sed -n 's/.* F1 \([0-9.]*\) (mean.*/\1/p' "$out-logs/$1.log"; }

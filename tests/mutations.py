@@ -60,11 +60,23 @@ MUTATIONS = (
     ),
     Mutation(
         "--lora_dropout unheard",
-        '"lora_dropout": dropout,',
-        '"lora_dropout": 0,',
+        "name: Dropout(dropout) for name",
+        "name: Dropout(0.0) for name",
         "tests/test_reference.py::test_ranks_drop_different_things_as_many_as_they_are_told",
     ),
     Mutation("--lora_alpha unheard", '"lora_alpha": alpha,', '"lora_alpha": 8,', f"{PLAIN}[lora, not clipped]"),
+    Mutation(
+        "an answer behind no question",
+        "kept = messages[:first] + messages[start:]",
+        "kept = messages[:first] + messages[start + 1 :]",
+        "tests/test_own_questions.py",
+    ),
+    Mutation(
+        "answers without the blanks around them",
+        "for token_id in ids:\n        reply.push(token_id)\n    reply.finish()\n    return reply.text",
+        "for token_id in ids:\n        reply.push(token_id)\n    reply.finish()\n    return reply.text.strip()",
+        "tests/test_asked_as_trained.py",
+    ),
     Mutation(
         "a merged folder forgets its template",
         '**read_record(adapter), "mode": mode.name, **dataclasses.asdict(prompt)}',

@@ -17,6 +17,7 @@ from glm_finetune.data.flags import ReportConfig
 from glm_finetune.data.histogram import BAR, LIMIT, OVER, Panel, bins_of, figure_of, nice_step, save_histograms
 from glm_finetune.data.report import Report, percentile
 from glm_finetune.data.samples import settings_of
+from glm_finetune.data.survey import survey
 from glm_finetune.flags import parse
 from tests.refusal import refused
 
@@ -53,7 +54,7 @@ def test_the_report_counts_and_draws_what_training_would_do(report, mode):
     assert code == 0
     assert (numbers["rows"], numbers["samples"], numbers["bad rows"]) == ("5", "5", "0")
     assert (numbers["questions cut"], numbers["answers cut"]) == ("1", "0")
-    assert "1 questions were cut: raise --max_src_len" in printed
+    assert "1 questions longer than --max_src_len are cut: raise it" in printed
     assert Path("lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -66,10 +67,25 @@ def test_the_lengths_are_those_before_cutting_and_agree_with_what_is_cut(mode, c
     for max_src_len in (30, 60, 200):
         config = parse(ReportConfig, [*arguments, "--max_src_len", str(max_src_len)])
         settings = settings_of(config, MODE[mode], tokenizer)
-        questions, samples = report_script.uncut_lengths(path, settings)
-        assert questions.total() == samples.total() == len(ROWS) and max(samples) > 200
-        over = sum(count for length, count in questions.items() if length > max_src_len)
+        found = survey(path, settings)
+        assert found.questions.total() == found.samples.total() == len(ROWS) and max(found.samples) > 200
+        over = sum(count for length, count in found.questions.items() if length > max_src_len)
         assert over == InstructionDataset(path, settings).report.question_cut > 0
+
+
+def test_the_report_says_each_files_format_and_what_is_left_alone(report):
+    rows = [{"question": "q", "answer": "a", "id": i, **({"late": 1} if i > 30 else {})} for i in range(40)]
+    _, printed, _ = report(rows)
+    assert "data.jsonl: format question_answer; left alone: id, late (--columns FIELD=COLUMN reads one)" in printed
+    assert "data.jsonl: format question_answer\n" in report(ROWS)[1]
+    texts = [{"text": "t", "label": "x"}]
+    _, printed, _ = report(texts, "--data_format", "text")
+    assert "data.jsonl: format text; left alone: label (--columns FIELD=COLUMN reads one)" in printed
+    _, printed, _ = report(texts, "--columns", "answer=label")
+    assert "data.jsonl: format text_answer\n" in printed
+    rows = [{"instruction": "i", "q": "x", "output": "o", "tag": 1, "tag2": 2}]
+    _, printed, _ = report(rows, "--columns", "instruction=q")
+    assert "left alone: instruction, tag, tag2 (--columns FIELD=COLUMN reads one)" in printed
 
 
 def test_no_weights_are_read(report, checkpoints, tmp_path):

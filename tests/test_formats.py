@@ -397,4 +397,4 @@ def test_every_sample_file_trains_two_steps_in_every_mode(mode, path, checkpoint
     printed = run_ranks(train_main, 1, arguments)[0]
     losses = [json.loads(line)["loss"] for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 2 and losses[1] < losses[0]
-    assert re.search(rf"{path.name}: rows {len(rows_in(path))},.* question_cut 0, answer_cut 0", printed)
+    assert re.search(rf"{path.name}: rows {len(rows_in(path))},.* question_cut 0, history_cut 0, answer_cut 0", printed)

@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 import predict
 from glm_finetune import MODE, bars, build, dist, host, weights
-from glm_finetune.answer.decoder import Printer
 from glm_finetune.errors import UserError
 from glm_finetune.run import memory, tracker
 from glm_finetune.run.engine import Partitioned
@@ -55,13 +54,6 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_of_it_is_made(chec
         MODE["glm3"].model.from_pretrained(checkpoints["glm3"])
     for part in (str(checkpoints["glm3"]), "float32", "0.0 GiB are free", "--precision bf16", "--quantization_bit 4"):
         assert part in str(refusal.value)
-
-
-def test_what_is_printed_while_it_is_made_is_the_answer_without_blanks_around_it(capsys):
-    printer = Printer()
-    for piece in ("", " \n", " a", "b ", "", " c\n", "\n", " "):
-        printer(piece)
-    assert capsys.readouterr().out == "ab  c"
 
 
 @pytest.mark.parametrize("local_ranks", ["1", "2"])
@@ -133,14 +125,14 @@ def test_one_question_is_answered_as_in_a_file(flags, checkpoints, tmp_path, mon
         return output
 
     monkeypatch.setattr(MODE["glm3"].model, "generate", generate)
-    monkeypatch.setattr(predict, "Printer", lambda: answers.append)
+    monkeypatch.setattr(predict, "show", answers.append)
     (tmp_path / "q.jsonl").write_text('{"instruction": "你好", "input": "", "output": "好"}\n', encoding="utf-8")
     output = tmp_path / "a.jsonl"
     one = run_main(predict, monkeypatch, capsys, *asked, "--instruction", "你好")
     many = run_main(predict, monkeypatch, capsys, *asked, "--test_path", tmp_path / "q.jsonl", "--output_path", output)
     assert one[0] == many[0] == 0, (one, many)
     assert (early[0] > 2) == (not flags)  # beams are not known before
-    assert weights.read_json(output)["prediction"] == "".join(answers).strip()
+    assert weights.read_json(output)["prediction"] == "".join(answers)
 
 
 @pytest.mark.slow

@@ -58,6 +58,8 @@ def test_every_format_is_asked_up_to_its_last_answer(mode, path, checkpoints, as
 def test_references_of_any_format_are_scored(checkpoints, asked, capsys):
     path = next(path for path in SAMPLES if path.stem == "text_answer")
     asked(checkpoints["glm3"], path)
+    assert "F1" not in capsys.readouterr().out  # nobody said that these are triples
+    asked(checkpoints["glm3"], path, "--metrics", "triples")
     assert "triples of 2 samples: F1 0.3333" in capsys.readouterr().out  # one of two triples of the first row
 
 

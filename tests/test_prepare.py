@@ -83,7 +83,7 @@ def test_rows_encoded_together_are_the_rows_prepared_one_by_one(mode, limits, op
     assert list(data) == expected and [data.where(i) for i in range(len(data))] == where
     targets = [sum(label != -100 for label in row["labels"]) for row in expected]
     lengths = Counter(len(row["input_ids"]) for row in expected)
-    report.kept, report.lengths, report.targets = len(expected), lengths, sum(targets)
+    report.kept, report.lengths, report.targets, report.formats = len(expected), lengths, sum(targets), ["messages"]
     report.tokens = sum(length * count for length, count in lengths.items())
     assert data.report == report and len(report.bad) >= 2 and report.no_target and report.answer_empty
 

@@ -16,7 +16,8 @@ from tests.refusal import json_fields, run_main
 from tests.tiny import make_checkpoint
 
 BASE = Path(__file__).parent / "fixtures/oracle/checkpoints/glm-a"
-PROMPT = {"template": "official", "prompt_text": "抽取三元组："}  # values other than the defaults of training
+# values other than the defaults of training
+PROMPT = {"template": "official", "prompt_text": "抽取三元组：", "input_separator": "，抽取："}
 ROWS = [{"text": f"{place}漏水，{sign}。", "answer": f"{place}_部件故障_漏水"} for place in "泵管箱" for sign in "响热"]
 
 
@@ -31,9 +32,9 @@ def data(tmp_path_factory):
 def answers(data, tmp_path, monkeypatch, capsys):
     """Function: (model folder, flags) -> the predictions for the rows, whether stderr speaks of their prompt."""
 
-    def ask(folder, *flags):
+    def ask(folder, *flags, rows=data):
         path = tmp_path / "answers.jsonl"
-        needed = ["--test_path", data, "--output_path", path, "--overwrite", "--max_new_tokens", 8, "--device", "cpu"]
+        needed = ["--test_path", rows, "--output_path", path, "--overwrite", "--max_new_tokens", 8, "--device", "cpu"]
         code, said = run_main(predict, monkeypatch, capsys, "--model_path", folder, *needed, *flags)
         assert code == 0, said
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -51,18 +52,23 @@ def test_these_are_the_flags_that_shape_a_prompt():
 @pytest.mark.parametrize("name", record.Prompt.__dataclass_fields__)
 def test_a_merged_folder_is_asked_like_its_adapter(name, data, tmp_path, answers, monkeypatch, capsys):
     flags = {"save_total_limit": 1, name: PROMPT[name], "max_steps": 2}
+    if name == "input_separator":
+        rows = [{"instruction": row["text"][:2], "input": row["text"][2:], "output": row["answer"]} for row in ROWS]
+        data = tmp_path / "pairs.json"
+        write_json(rows, data)
     run_ranks(train_main, 1, train_arguments("glm", "lora", BASE, data, tmp_path / "out", **flags))
     (adapter,) = (tmp_path / "out").glob("epoch-*")
     code, said = run_main(merge_lora, monkeypatch, capsys, "--model_dir", adapter, "--output_dir", tmp_path / "merged")
     assert code == 0, said
-    expected, _ = answers(adapter)
-    assert answers(tmp_path / "merged") == (expected, False)
+    expected, _ = answers(adapter, rows=data)
+    assert answers(tmp_path / "merged", rows=data) == (expected, False)
     before = read_json(adapter / record.FILE)
     merged = read_json(tmp_path / "merged" / record.FILE)
     assert merged == {**before, "saves": "weights", "merged_from": str(adapter)}
     default = TrainConfig.__dataclass_fields__[name].default
     write_json({**before, name: default, "flags": {**before["flags"], name: default}}, adapter / record.FILE)
-    assert answers(adapter)[0] != expected and answers(adapter, f"--{name}", PROMPT[name])[0] == expected
+    assert answers(adapter, rows=data)[0] != expected
+    assert answers(adapter, f"--{name}", PROMPT[name], rows=data)[0] == expected
 
 
 def old_merged_folder(folder):

@@ -65,6 +65,8 @@ def test_merged_folder_predicts_what_the_adapter_predicts(mode, adapters, data_f
             "cpu",
             "--batch_size",
             4,
+            "--metrics",
+            "triples",
             "--output_path",
             tmp_path / f"{name}.jsonl",
         )
@@ -243,7 +245,7 @@ def test_one_question_and_a_conversation(adapters, checkpoints, monkeypatch, cap
 
 def test_triple_scores_are_the_originals():
     pairs = [("a_r_b\nc_r_d", "a_r_b\nc_r_d"), ("a_r_b\nx", "a_r_b\nc_r_d"), ("none", "a_r_b")]
-    scores = triple_scores(pairs)
+    scores = triple_scores([(text, [gold]) for text, gold in pairs])
     assert scores.mean_f1 == pytest.approx((1 + 2 / 3 + 0) / 3)
     assert (scores.precision, scores.recall, scores.f1) == pytest.approx((1.0, 0.6, 0.75))
     assert scores.exact == pytest.approx(1 / 3)

@@ -10,9 +10,11 @@ from glm_finetune.config import TrainConfig
 from glm_finetune.data.dataset import InstructionDataset
 from glm_finetune.data.samples import Settings, settings_of
 from glm_finetune.flags import parse
-from glm_finetune.modes import template
+from glm_finetune.modes.cutting import newest_rounds
+from glm_finetune.modes.drafts import FIXED, Draft
+from glm_finetune.modes.drafts import QUESTION as ASKED
 from glm_finetune.modes.spec import TRUNCATIONS, Limits
-from glm_finetune.modes.template import Draft, Template, newest_rounds
+from glm_finetune.modes.template import Template
 from tests.refusal import refused
 from tests.test_bad_input import NEEDED
 
@@ -43,16 +45,19 @@ class Digits:
     """A tokenizer with an id for each digit."""
 
     @staticmethod
-    def encode_parts(parts):
+    def encode_parts(parts, num_threads=1):
         return [np.array([int(i) for i in part], np.int32) for part in parts]
 
 
 def cut(truncation, max_src_len, question_tail):
     """The ids left of a question of one special token, a text of nine, and a special token that nobody counts."""
-    talk = [{"role": "user", "content": ""}]
-    kinds = template.QUESTION, template.QUESTION, template.FIXED
-    draft = Draft(talk, [], ((0,), "123456789", (99,)), kinds, (False,) * 3)
-    way = Template(lambda *_: draft, question_tail, overhead=0)
+    talk = [{"role": "user", "content": "1234567"}]
+
+    def draft(tokenizer, messages, style, trained):
+        parts = ((0,), messages[0]["content"] + "89", (99,))
+        return Draft(messages, trained, parts, (ASKED, ASKED, FIXED), (False,) * 3, asks=(1,))
+
+    way = Template(draft, question_tail, overhead=0)
     return way.render(Digits, talk, Limits(99, max_src_len, truncation)).input_ids
 
 
@@ -129,24 +134,114 @@ def test_nothing_is_longer_than_the_limits_and_every_sample_still_asks_and_answe
     assert rendered
     for sample in rendered:
         assert len(sample.input_ids) == len(sample.labels) <= max_len
-        assert sample.num_question <= max_src_len
         assert sample.labels[0] == -100 and any(label != -100 for label in sample.labels)
         assert (sample.labels[-1] in MODE[mode].stop_token_ids(tokenizer)) == (not sample.answer_cut)
 
 
 @every_mode
+@every_truncation
 @pytest.mark.parametrize("spare", [0, 1, 7])
-def test_head_forgets_the_oldest_rounds_and_asks_as_if_they_had_never_been(mode, tokenizer, spare):
+def test_the_oldest_rounds_are_forgotten_as_if_they_had_never_been(mode, tokenizer, spare, truncation):
     system = [{"role": "system", "content": "短"}]
     rounds = [turn(f"问题{i}" * 5, f"回答{i}" * 5) for i in "甲乙丙丁"]
     talk = system + [message for part in rounds for message in part]
     newest = system + rounds[2] + rounds[3]
-    room = render(mode, tokenizer, newest).num_question + spare
-    cut, alone = render(mode, tokenizer, talk, 500, room, "head", False), render(mode, tokenizer, newest)
-    assert cut.question_cut
+    alone = render(mode, tokenizer, newest)
+    unused = 3 if mode == "glm3" else 0  # tokens of ChatGLM3's overhead
+    of_a_turn = max(render(mode, tokenizer, part).num_question for part in rounds)
+    cut = render(mode, tokenizer, talk, len(alone.input_ids) + unused + spare, of_a_turn, truncation, False)
+    assert cut.history_cut and not cut.question_cut and not cut.answer_cut
     assert (cut.input_ids, cut.labels) == (alone.input_ids, alone.labels)
-    asked = [render(mode, tokenizer, messages[:-1], 500, room, "head", False) for messages in (talk, newest)]
-    assert asked[0].input_ids == asked[1].input_ids
+    room = alone.num_question + spare
+    asked = [render(mode, tokenizer, messages[:-1], 500, room, truncation, False) for messages in (talk, newest)]
+    assert asked[0].input_ids == asked[1].input_ids and asked[0].history_cut and not asked[1].history_cut
+
+
+@every_mode
+@every_truncation
+def test_a_conversation_that_fits_is_never_cut_nor_divided(mode, tokenizer, truncation):
+    talk = [
+        m for i in range(8) for m in turn(f"第{i}个问题：发动机水温高怎么办？", f"第{i}个回答：先看风扇，再看水温。")
+    ]
+    limits = Limits(1024, 64, truncation, False)  # 8 rounds are longer than --max_src_len
+    samples = MODE[mode].samples(tokenizer, talk, limits)
+    assert [one.row for one in samples] == [one.row for one in MODE[mode].samples(tokenizer, talk)]
+    assert len(samples) == (1 if mode == "glm3" else 8) and not any(one.is_cut for one in samples)
+
+
+@every_mode
+def test_a_system_message_gives_way_before_the_question_does(mode, tokenizer):
+    system = {"role": "system", "content": "你是一个助手。" * 40}
+    talk = [system, *turn("水温高怎么办？", "看风扇。")]
+    cut = render(mode, tokenizer, talk, 150, 60, "tail", False)
+    text = tokenizer.decode(cut.input_ids)
+    assert "水温高怎么办" in text and "看风扇" in text and "你是一个助手" in text and len(cut.input_ids) <= 150
+    assert cut.history_cut and not cut.question_cut and not cut.answer_cut
+    asked = render(mode, tokenizer, talk[:-1], 150, 120, "tail", False)
+    assert "水温高怎么办" in tokenizer.decode(asked.input_ids) and asked.num_question <= 120
+    none = render(mode, tokenizer, [{"role": "system", "content": ""}, *talk[1:-1]], 150, 120, "tail", False)
+    assert none.row == render(mode, tokenizer, [{"role": "system", "content": ""}, *talk[1:-1]]).row
+
+
+@every_mode
+@every_truncation
+def test_a_long_question_leaves_the_system_message_its_half(mode, tokenizer, truncation):
+    system = [{"role": "system", "content": "要简短。"}]
+    asked = render(mode, tokenizer, [*system, {"role": "user", "content": "水" * 300}], 400, 200, truncation, False)
+    text = tokenizer.decode(asked.input_ids)
+    assert "要简短。" in text and "水" * 40 in text and asked.question_cut and not asked.history_cut
+    assert asked.num_question <= 200
+    talk = [{"role": "system", "content": "要简短。" * 90}, *talk_of("水" * 300)]
+    text = tokenizer.decode(render(mode, tokenizer, talk, 400, 200, truncation, False).input_ids)
+    assert 20 < text.count("水") < 100 and text.count("要简短") > 3
+
+
+def talk_of(question):
+    return [{"role": "user", "content": question}]
+
+
+def test_a_long_result_before_an_answer_is_cut_and_not_the_question_of_its_round(checkpoints):
+    tokenizer = MODE["glm3"].tokenizer.from_pretrained(checkpoints["glm3"])
+    call = {"role": "assistant", "metadata": "t", "content": "```python\ntool_call(a=1)\n```", "loss": False}
+    talk = [*talk_of("查一下天气？"), call, {"role": "observation", "content": "晴" * 150}]
+    asked = MODE["glm3"].render(tokenizer, talk, Limits(400, 100))
+    text = tokenizer.decode(asked.input_ids)
+    assert "查一下天气？" in text and text.count("晴") > 10 and asked.num_question <= 100
+    (sample,) = MODE["glm3"].samples(tokenizer, [*talk, {"role": "assistant", "content": "好"}], Limits(120, 80))
+    text = tokenizer.decode(sample.input_ids)
+    assert sample.fits and sample.question_cut and "查一下天气？" in text and text.count("晴") > 10
+
+
+@every_mode
+@pytest.mark.parametrize("truncation", ["head", "middle"])
+def test_only_the_text_of_a_question_is_cut_not_the_round_it_stands_in(mode, tokenizer, truncation):
+    talk = [*turn("一问", "一答"), *talk_of("二" * 100)]
+    asked = render(mode, tokenizer, talk, 500, 120, truncation, False)
+    whole = render(mode, tokenizer, talk_of("二" * 100), 500, 40, truncation, False)
+    text = tokenizer.decode(whole.input_ids)
+    assert ("[Round 1]" in text and "问" in text) or mode == "glm3"
+    assert whole.num_question <= 40 and asked.num_question <= 120
+
+
+def test_tools_that_are_longer_than_the_limit_give_way_to_the_question(checkpoints):
+    tokenizer = MODE["glm3"].tokenizer.from_pretrained(checkpoints["glm3"])
+    tools = [{"name": f"tool_{i}", "description": "一个工具" * 5} for i in range(9)]
+    talk = [{"role": "system", "content": "工具", "tools": tools}, *turn("今天天气怎么样？", "晴。")]
+    cut = render("glm3", tokenizer, talk, 200, 40, "tail", False)
+    text = tokenizer.decode(cut.input_ids)
+    assert "tool_0" in text and "tool_8" not in text and "今天天气怎么样？" in text and "晴。" in text
+    assert cut.history_cut and 180 < len(cut.input_ids) <= 200
+
+
+def test_results_of_tools_give_way_oldest_first_and_each_answer_keeps_its_turn(checkpoints):
+    tokenizer = MODE["glm3"].tokenizer.from_pretrained(checkpoints["glm3"])
+    call = {"role": "assistant", "metadata": "f", "content": "```python\ntool_call()\n```", "loss": False}
+    results = [{"role": "observation", "content": f"{i}" + "天" * 30 + "完"} for i in "ab"]
+    talk = [{"role": "user", "content": "问天气？"}, call, results[0], call, results[1], *turn("", "晴。")[1:]]
+    (cut,) = MODE["glm3"].samples(tokenizer, talk, Limits(150, 90, "tail", False))
+    text = tokenizer.decode(cut.input_ids)
+    assert "问天气？" in text and "a天" in text and "b" + "天" * 30 + "完" in text and "晴。" in text
+    assert text.count("完") == 1 and cut.history_cut and not cut.question_cut
 
 
 def test_rounds_are_forgotten_whole_and_the_last_one_stays():
@@ -166,18 +261,24 @@ def test_of_a_conversation_whose_roles_alone_do_not_fit_the_oldest_rounds_are_fo
     samples = MODE[mode].samples(tokenizer, talk, limits)
     asked = MODE[mode].render(tokenizer, talk[:-1], limits)
     for one in (samples[-1], asked):
-        assert one.question_cut and one.num_question <= 60 and len(one.input_ids) <= 120
-        assert "问39" in tokenizer.decode(one.input_ids) or truncation != "head"
-    assert all(one.num_question <= 60 for one in samples) and "答39" in tokenizer.decode(samples[-1].input_ids)
+        assert one.history_cut and not one.question_cut and len(one.input_ids) <= 120
+        assert "问39" in tokenizer.decode(one.input_ids)
+    assert asked.num_question <= 60 and "答39" in tokenizer.decode(samples[-1].input_ids)
 
 
-def test_roles_of_one_round_that_do_not_fit_are_an_error_with_the_numbers(checkpoints):
+def test_calls_of_one_round_that_do_not_fit_drop_the_sample_and_are_an_error_in_prediction(checkpoints, tmp_path):
     tokenizer = MODE["glm3"].tokenizer.from_pretrained(checkpoints["glm3"])
-    call = {"role": "assistant", "metadata": "one_tool_with_a_very_long_name", "content": "```python\ntool_call()\n```"}
+    call = {"role": "assistant", "metadata": "one_tool_with_a_very_long_name" * 4, "content": "```python\nf()\n```"}
     talk = [{"role": "user", "content": "q"}, call, {"role": "observation", "content": "1"}, *turn("q", "a")[1:]]
-    refused(
-        lambda: MODE["glm3"].samples(tokenizer, talk, Limits(90, 16)), "cannot be cut", "--max_src_len", "allows 16"
-    )
+    limits = Limits(90, 16)
+    assert [one.fits for one in MODE["glm3"].samples(tokenizer, talk, limits)] == [True, False]
+    refused(lambda: MODE["glm3"].render(tokenizer, talk[:-1], limits), "alone have more than 16 tokens")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": talk}), encoding="utf-8")
+    rows = InstructionDataset(tmp_path / "a.jsonl", Settings(MODE["glm3"].template, tokenizer, limits))
+    assert (rows.report.kept, rows.report.skipped) == (1, 1)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"messages": [*talk[:-1], {**talk[-1], "loss": True}]}))
+    last = Settings(MODE["glm3"].template, tokenizer, limits, train_on="last")
+    refused(lambda: InstructionDataset(tmp_path / "b.jsonl", last, window=4), "line 1", "do not fit into --max_len")
 
 
 @pytest.mark.parametrize("flags", [["--truncation", "drop"], ["--is_skip"], ["--is_skip", "--truncation", "head"]])

@@ -18,7 +18,7 @@ from glm_finetune.weights import read_json, write_json, write_text
 
 ELSEWHERE = "Give another --output_path, or --overwrite to answer everything again."
 NAMES = ("max_length", "max_new_tokens", "do_sample", "top_p", "temperature", "num_beams", "seed", "truncation")
-NAMES += ("data_format", "columns", "quantization_bit")
+NAMES += ("data_format", "columns", "roles", "repair_turns", "quantization_bit")
 
 
 def output_path(config, folder):

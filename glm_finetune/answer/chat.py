@@ -4,6 +4,9 @@ response, history = chat(model, tokenizer, MODE["glm3"], "你好", history=[], m
 """
 
 from glm_finetune.answer.decoder import Decoder
+from glm_finetune.answer.flags import is_text
+from glm_finetune.answer.reply import Reply
+from glm_finetune.errors import UserError
 from glm_finetune.generator import generate, sampling_of
 
 MIN_ANSWER = 16  # tokens of --max_length that a conversation keeps free for an answer
@@ -39,7 +42,13 @@ def chat(
     return mode.finish_turn(list(history), query, role, tokenizer.decode(ids))
 
 
-def converse(model, tokenizer, mode, template, config):
+def check_rounds(template):
+    """Raise UserError for a template that has no rounds."""
+    if template in ("raw", "text"):
+        raise UserError(f"--chat has several rounds, the template {template} has one: ask with --instruction.")
+
+
+def converse(model, tokenizer, folder, config):
     """A conversation in the terminal: `clear` forgets it, `stop` (or Ctrl-D) ends it. config: PredictConfig."""
     print("Ask something; clear: begin anew, stop: leave.")
     history = []
@@ -52,25 +61,34 @@ def converse(model, tokenizer, mode, template, config):
             break
         if query == "clear":
             history = []
+        elif not is_text(query):
+            print("That is no UTF-8. Set the terminal to UTF-8 and ask again.")
         elif query:
-            history = answer_turn(model, tokenizer, mode, template, config, query, history)
+            history = answer_turn(model, tokenizer, folder, config, query, history)
 
 
-def answer_turn(model, tokenizer, mode, template, config, query, history):
-    """Print the answer while it is made; returns the new history, without the oldest turns when it grows too long."""
+def answer_turn(model, tokenizer, folder, config, query, history):
+    """Print the answer while it is made; returns the new history (messages), without the oldest turns when it grows
+    too long.
+    """
+    mode, template, query = folder.mode, folder.prompt.template, folder.prompt.question(query)
     room = config.max_length - (config.max_new_tokens or MIN_ANSWER)
-    while (num_tokens := len(chat_ids(mode, tokenizer, query, history, template=template))) > room and history:
-        history = history[mode.entries_per_turn :]
+    while len(prompt := chat_ids(mode, tokenizer, query, history, template=template)) > room and history:
+        history = history[2:]
         print("(the oldest turn is forgotten: the conversation is too long)")
-    if num_tokens > room:
-        print(f"The question has {num_tokens} tokens, --max_length {config.max_length} leaves room for {room}.")
+    if len(prompt) > room:
+        print(f"The question has {len(prompt)} tokens, --max_length {config.max_length} leaves room for {room}.")
         return history
     print("\nChatGLM：", end="", flush=True)
-    length = config.max_new_tokens or config.max_length - num_tokens
-    options = {"template": template, "on_text": lambda text: print(text, end="", flush=True), **sampling_of(config)}
+    length, reply = config.max_new_tokens or config.max_length - len(prompt), Reply.of(folder, tokenizer)
+
+    def show(token):
+        print(reply.push(token), end="", flush=True)
+
     try:
-        _, history = chat(model, tokenizer, mode, query, history, length, **options)
+        generate(model, tokenizer, mode, [prompt], [length], show, **sampling_of(config))
+        print(reply.finish())
     except KeyboardInterrupt:
-        print(" (interrupted; this turn is forgotten)", end="")
-    print()
-    return history
+        print(" (interrupted; this turn is forgotten)")
+        return history
+    return [*history, {"role": "user", "content": query}, reply.message()]

@@ -16,13 +16,28 @@ ANCHOR = "x"  # any text: what follows it is not at the beginning, where Sentenc
 class Decoder:
     """`push` returns the text that an id makes final, often "" or that of ids before it; `finish` what is left."""
 
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer, line_end=None):
+        """line_end: id that ends a first line, of which nothing is seen where it is empty; what follows it begins
+        anew. name: that line, once it is over.
+        """
+        self.tokenizer, self.line_end, self.name = tokenizer, line_end, ""
+        self.line = ""  # what there is of the first line
         self.first = []  # the blank piece that began the text and is not seen; None: the text has begun
         self.bytes = b""  # of the last character, which is not complete
         self.mark = ""  # of ChatGLM-6B, or what may become one
 
     def push(self, token_id):
+        if self.line_end is None:
+            return self._push(token_id)
+        if token_id != self.line_end:
+            text = self._push(token_id)
+            self.line += text
+            return text
+        rest = self.finish()
+        self.name, self.line_end, self.first = (self.line + rest).strip(), None, []
+        return rest + "\n" if self.name else ""
+
+    def _push(self, token_id):
         (piece, *_) = [*self.tokenizer.pieces([token_id]), None]
         if piece is None:
             return ""
@@ -78,16 +93,3 @@ class Decoder:
 def _length(first):
     """Bytes of a UTF-8 character that begins with the byte `first`; 1 if none does."""
     return 2 if 0xC2 <= first <= 0xDF else 3 if 0xE0 <= first <= 0xEF else 4 if 0xF0 <= first <= 0xF4 else 1
-
-
-class Printer:
-    """Prints pieces of a text as they come, without the blanks around the whole."""
-
-    def __init__(self):
-        self.has_begun, self.blanks = False, ""
-
-    def __call__(self, piece):
-        text = self.blanks + piece if self.has_begun else piece.lstrip()
-        shown = text.rstrip()
-        self.has_begun, self.blanks = self.has_begun or bool(shown), text[len(shown) :]
-        print(shown, end="", flush=True)

@@ -2,12 +2,18 @@
 
 from dataclasses import dataclass
 
-from glm_finetune.data.flags import TEMPLATES
+from glm_finetune.data.flags import SEPARATOR_HELP, TEMPLATES
 from glm_finetune.flags import POSITIVE, PRECISIONS, SEED, Flags, flag
 from glm_finetune.models.rope import RULES
 from glm_finetune.modes.flags import ROPE_HELP
 
+METRICS = ("triples",)
 MIN_PROMPT = 32  # tokens of a prompt in prediction, at least; fewer would cut every question to nothing
+
+
+def is_text(text):
+    """Whether a text can be encoded; what a terminal sent in another encoding than UTF-8 cannot."""
+    return not any(0xD800 <= ord(character) <= 0xDFFF for character in text)
 
 
 @dataclass(kw_only=True)
@@ -28,18 +34,25 @@ class PredictConfig(Flags):
     chat: bool = flag("talk to the model in the terminal", False)
     data_format: str | None = flag("format of the rows (data/README.md); default: told from their fields", None)
     columns: str | None = flag("other names of fields in the file: instruction=question,output=reply", None)
+    roles: str | None = flag("other names of who speaks in a conversation: client=user,counselor=assistant", None)
+    repair_turns: bool = flag(
+        "join texts of one role in a row by a line break, leave out an answer before any question",
+        False,
+    )
     prompt_text: str | None = flag("put before every text of the format text_answer; default: as in training", None)
+    input_separator: str | None = flag(f"{SEPARATOR_HELP}; default: as in training", None)
     truncation: str = flag(
-        "what of a long question is cut: tail, head (the oldest rounds first) or middle",
+        "what of a question that is too long is cut, after the oldest rounds before it: tail, head or middle",
         "tail",
         ("tail", "head", "middle"),
     )
     template: str | None = flag(
-        "train, official (the released model's chat) or official_rounds (its chat training); default: that of the "
-        "training for what was trained here, official for a bare base",
+        "train, official (the released model's chat), official_rounds (its chat training), raw (the question as it "
+        "is) or text (a text that goes on); default: that of the training, for a bare base official",
         None,
-        TEMPLATES,
+        (*TEMPLATES, "text"),
     )
+    metrics: str | None = flag("score the answers of --test_path: triples (head_relation_tail lines)", None, METRICS)
     batch_size: int = flag("rows answered together", 8, POSITIVE)
     max_length: int = flag("tokens of prompt and answer together", 2048, POSITIVE)
     allow_longer: bool = flag("let --max_length be more than the base was made for", False)
@@ -70,3 +83,7 @@ class PredictConfig(Flags):
             yield "give exactly one of --instruction TEXT, --test_path FILE and --chat."
         if self.input and self.instruction is None:
             yield "--input goes with --instruction only."
+        if not is_text((self.instruction or "") + self.input):
+            yield "--instruction or --input is no UTF-8: set the terminal to UTF-8, or ask with --test_path."
+        if self.metrics and self.test_path is None:
+            yield "--metrics goes with --test_path only."

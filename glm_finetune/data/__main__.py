@@ -8,20 +8,19 @@ the lengths before anything is cut.
 
 import os
 import sys
-from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 from glm_finetune import MODE, exits
 from glm_finetune.data.dataset import InstructionDataset
-from glm_finetune.data.files import list_data_files, occurrences
 from glm_finetune.data.flags import ReportConfig
 from glm_finetune.data.histogram import Panel, save_histograms
 from glm_finetune.data.report import describe_sample, write_bad_rows
-from glm_finetune.data.samples import of_file, prepare_row, settings_of
-from glm_finetune.errors import UserError, raise_together, unknown_choice
+from glm_finetune.data.samples import settings_of
+from glm_finetune.data.survey import survey
+from glm_finetune.errors import raise_together, unknown_choice
 from glm_finetune.flags import parse
 from glm_finetune.modes import refuse_others
+from glm_finetune.modes.identity import check_default, refuse_foreign
 from glm_finetune.weights import read_json
 
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
@@ -34,17 +33,22 @@ def main():
     config = parse(ReportConfig, arguments, __doc__)
     raise_together(unknown_choice("mode", config.mode, tuple(MODE)))
     mode = MODE[config.mode]
+    refuse_foreign(config.model_name_or_path)
+    if "mode" not in config.given:
+        check_default(mode, config.model_name_or_path)
     config_json = Path(config.model_name_or_path) / "config.json"
     if config_json.is_file():
         refuse_others(mode, config.model_name_or_path, read_json(config_json))
     tokenizer = mode.tokenizer.from_pretrained(config.model_name_or_path)
     settings = settings_of(config, mode, tokenizer)
     data = InstructionDataset(config.train_path, settings, progress=sys.stderr.isatty())
-    print(config.train_path, *data.report.table(), *data.report.hints(), sep="\n")
-    questions, samples = uncut_lengths(config.train_path, settings)
+    print(config.train_path, *data.report.table(), *data.report.bad_hints(), sep="\n")
+    context = mode.config.from_pretrained(config.model_name_or_path).max_positions if config_json.is_file() else None
+    found = survey(config.train_path, settings, context, config.eval_path, sys.stderr.isatty())
+    print(*found.lines(), sep="\n")
     panels = [
-        Panel("tokens before the last answer, uncut", questions, "max_src_len", config.max_src_len),
-        Panel("tokens of a sample, uncut", samples, "max_len", config.max_len),
+        Panel("tokens of a question before an answer, uncut", found.questions, "max_src_len", config.max_src_len),
+        Panel("tokens of a sample, uncut", found.samples, "max_len", config.max_len),
     ]
     save_histograms(panels, config.output_path)
     print(f"lengths in {config.output_path}")
@@ -52,26 +56,6 @@ def main():
         print(f"bad rows in {bad}")
     for i in range(min(config.preview, len(data))):
         print(f"\n{data.where(i)}\n{preview(data[i], tokenizer, in_colour())}")
-
-
-def uncut_lengths(path, settings):
-    """(tokens before the last answer, tokens of a sample), each -> number of samples, as if there were no limits.
-
-    Text to continue training on has nothing before an answer. Bad rows are passed over: they have been reported.
-    """
-    questions, samples = Counter(), Counter()
-    for data_file in list_data_files(path):
-        known = replace(of_file(data_file, settings), limits=None)
-        for index, (number, row) in enumerate(data_file.rows()):
-            times = occurrences(index, data_file.weight)
-            try:
-                rendered = prepare_row(data_file.where(number), row, known)
-            except UserError:
-                continue
-            for one in rendered if times else ():
-                samples[len(one.input_ids)] += times
-                questions[one.num_question] += times
-    return questions, samples
 
 
 def in_colour():

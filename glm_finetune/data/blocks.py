@@ -15,7 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from glm_finetune.data.files import BOM, MAX_LINE, lines_in, list_data_files, numbered_rows
+from glm_finetune.data.files import list_data_files
+from glm_finetune.data.lines import BOM, MAX_LINE, lines_in, numbered_rows
 from glm_finetune.data.lock import locked
 from glm_finetune.errors import UserError
 from glm_finetune.weights import read_json, write_json
@@ -78,10 +79,11 @@ def blocks_of(data_file, cache_dir=None):
 
 
 def content_of(data_file, cache_dir=None):
-    """Hash of all that a data file holds; None of a data set of the hub, which nobody knows before it is read."""
+    """Hash of what a data file holds and is said to hold; None of a data set of the hub: unknown before it is read."""
     parts = [(path.name, layout_of(data_file, path, cache_dir).sha256) for path in data_file.files()]
     if data_file.kind != "datasets":
-        return parts[0][1]
+        sha256, entry = parts[0][1], data_file.entry
+        return hashlib.sha256(f"{sha256} {entry}".encode()).hexdigest() if entry else sha256
     split = data_file.path.partition("#")[2]
     return hashlib.sha256(repr((split, parts)).encode()).hexdigest() if parts else None
 

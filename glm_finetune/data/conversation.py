@@ -1,12 +1,16 @@
 """Conversations as the world writes them -> messages (`Mode` says what a message is), and what makes one valid.
 
-Roles of the three families of files: role / content (ChatGLM3's with `tool`, OpenAI's with `tool_calls`), from / value.
+The families of files: role / content (ChatGLM3's with `tool`, OpenAI's with `tool_calls`), from / value, and rounds of
+a question and an answer (human / assistant, q / a). What the names of roles mean: `roles`.
 Every function raises UserError with the problem; who calls knows the file and the line.
 """
 
 import json
 import keyword
+from functools import partial
+from types import MappingProxyType
 
+from glm_finetune.data.roles import role_of
 from glm_finetune.errors import UserError
 
 MAX_DEPTH = 32  # of tools and arguments; far deeper ones would end in a RecursionError
@@ -14,10 +18,7 @@ MAX_CHARACTERS = 1 << 24  # of one text; a longer one is a broken file, not a sa
 TOOLS_PROMPT = (  # of ChatGLM3's training, word for word
     "Answer the following questions as best as you can. You have access to the following tools:"
 )
-SPEAKERS = {  # sharegpt -> role
-    **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"},
-    **{name: name for name in ("system", "function_call", "observation")},
-}
+EMPTY = MappingProxyType({})  # roles that --roles does not name
 
 
 def text_of(row, name):
@@ -45,21 +46,39 @@ def list_of(row, name):
     return value
 
 
+def lines_of(row, name):
+    """row[name], a text, or a list of its lines, as ssbuild's chatglm_finetuning joins them: by line breaks."""
+    lines = row.get(name)
+    if lines and isinstance(lines, list) and all(isinstance(line, str) for line in lines):
+        row = {**row, name: "\n".join(lines)}
+    return text_of(row, name)
+
+
 def _is_not(kind, row, name):
     problem = f"is {row[name]!r:.40}, not {kind}" if name in row else "is missing"
     return UserError(f"field {name!r} {problem}; the fields found are {sorted(map(str, row))}.")
 
 
 def tools_of(row):
-    """The list of tools of a row, or None. OpenAI's {"type": "function", "function": tool} is unwrapped."""
-    if row.get("tools") in (None, "", []):
+    """The tools of a row, a list or an object of any form, or None: they are shown to the model as they are.
+
+    Of a list OpenAI's {"type": "function", "function": tool} is unwrapped.
+    """
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools:
+        tools = _json_of(tools, "field 'tools'")
+    if tools in (None, "", [], {}):
         return None
-    tools = [tool.get("function", tool) if isinstance(tool, dict) else tool for tool in list_of(row, "tools")]
-    for i, tool in enumerate(tools, 1):
-        if not isinstance(tool, dict) or not isinstance(tool.get("name"), str):
-            raise UserError(f"field 'tools', tool {i}: expected an object with a 'name', found {tool!r:.60}.")
+    if not isinstance(tools, (list, dict)):
+        raise _is_not("a list or an object", row, "tools")
     as_json(tools, "field 'tools'")
-    return tools
+    return [_unwrapped(tool) for tool in tools] if isinstance(tools, list) else tools
+
+
+def _unwrapped(tool):
+    function = tool.get("function") if isinstance(tool, dict) else None
+    is_wrapped = isinstance(function, dict) and (tool.get("type") == "function" or len(tool) == 1)
+    return function if is_wrapped else tool
 
 
 def as_json(value, what):
@@ -103,26 +122,34 @@ def tool_call(name, arguments):
     return {"role": "assistant", "metadata": name, "content": f"```python\ntool_call({call})\n```"}
 
 
-def from_roles(entry):
-    """An entry of role / content (ChatGLM3, OpenAI) -> messages; a tool with its observation is two, as in ChatGLM3."""
-    role, loss = entry.get("role"), _loss_of(entry)
-    if role == "tool" and "parameters" in entry:
-        observation = entry.get("observation")
-        if observation is None:
-            raise UserError("field 'observation' is missing: the result of the tool.")
-        if not isinstance(observation, str):
-            observation = as_json(observation, "field 'observation'")
-        call = tool_call(entry.get("name"), entry["parameters"])
-        return [call | loss, {"role": "observation", "content": text_of({"observation": observation}, "observation")}]
+def from_roles(entry, roles=EMPTY):
+    """An entry of role / content (ChatGLM3, OpenAI) -> messages; a tool with its observation is two, as in ChatGLM3.
+
+    roles: `roles.parse_roles`.
+    """
+    role, loss = role_of(entry.get("role"), roles), _loss_of(entry)
+    if role == "function_call":
+        return [_written_call(entry, "content") | loss]
+    if role == "tool" and any(entry.get(name) is not None for name in ("parameters", "observation")):
+        return _with_observation(entry, loss)
     if role == "tool":
         return [{"role": "observation", "content": text_of(entry, "content")}]
-    if role not in ("system", "user", "assistant", "observation"):
-        raise UserError(f"role {role!r:.40}: must be system, user, assistant, observation or tool.")
     calls = list_of(entry, "tool_calls") if entry.get("tool_calls") else []
     if len(calls) > 1:
         raise UserError(f"field 'tool_calls' has {len(calls)} calls; ChatGLM3 makes one and waits for its result.")
     spoken = [_spoken(entry, role) | loss] if entry.get("content") or not calls else []
     return spoken + [_openai_call(call) | loss for call in calls]
+
+
+def _with_observation(entry, loss):
+    """ChatGLM3's `tool` message: the call, and what came back."""
+    observation = entry.get("observation")
+    if observation is None:
+        raise UserError("field 'observation' is missing: the result of the tool.")
+    if not isinstance(observation, str):
+        observation = as_json(observation, "field 'observation'")
+    call = tool_call(entry.get("name"), entry.get("parameters"))
+    return [call | loss, {"role": "observation", "content": text_of({"observation": observation}, "observation")}]
 
 
 def _spoken(entry, role):
@@ -157,33 +184,93 @@ def _openai_call(call):
     return tool_call(function.get("name"), function.get("arguments") or {})
 
 
-def from_speakers(entry):
-    """An entry of from / value (sharegpt) -> messages."""
-    speaker = entry.get("from")
-    if not isinstance(speaker, str) or speaker not in SPEAKERS:
-        raise UserError(f"field 'from' is {speaker!r:.40}: must be one of {', '.join(SPEAKERS)}.")
-    if SPEAKERS[speaker] == "function_call":
-        call = _json_of(text_of(entry, "value"), "the function call")
-        if not isinstance(call, dict):
-            raise UserError(f"the function call is {call!r:.40}, not an object with name and arguments.")
-        return [tool_call(call.get("name"), call.get("arguments") or {}) | _loss_of(entry)]
-    return [{"role": SPEAKERS[speaker], "content": text_of(entry, "value")} | _loss_of(entry)]
+def from_speakers(entry, roles=EMPTY):
+    """An entry of from / value (sharegpt) -> messages. A value may be a list of lines. roles: `roles.parse_roles`."""
+    role = role_of(entry.get("from"), roles, "field 'from' is")
+    if role == "function_call":
+        return [_written_call(entry, "value") | _loss_of(entry)]
+    role = "observation" if role == "tool" else role
+    return [{"role": role, "content": lines_of(entry, "value")} | _loss_of(entry)]
 
 
-def messages_of(entries, convert, tools=None, field="messages"):
+def _written_call(entry, field):
+    """A call of a tool that is a message's JSON text with name and arguments."""
+    call = _json_of(text_of(entry, field), "the function call")
+    if not isinstance(call, dict):
+        raise UserError(f"the function call is {call!r:.40}, not an object with name and arguments.")
+    return tool_call(call.get("name"), call.get("arguments") or {})
+
+
+def from_rounds(question, answer, entry, roles=EMPTY):
+    """An entry that is a round -> messages: a question and an answer under these names, both maybe lists of lines.
+
+    Without an answer (none, or null) it is the question to ask. {"role": "system"} beside a text makes it the system's.
+    """
+    role = role_of(entry.get("role", "user"), roles)
+    asked = {"role": "system" if role == "system" else "user", "content": lines_of(entry, question)}
+    if entry.get(answer) is None:
+        return [asked]
+    return [asked, {"role": "assistant", "content": lines_of(entry, answer)} | _loss_of(entry)]
+
+
+CONVERTERS = {  # a field of the entries -> what makes messages of them
+    "role": from_roles,
+    "from": from_speakers,
+    "human": partial(from_rounds, "human", "assistant"),
+    "q": partial(from_rounds, "q", "a"),
+}
+
+
+def converter_of(entries, field):
+    """The function for these entries, told from the first object among them. field: the one that it should have."""
+    entry = next((entry for entry in entries if isinstance(entry, dict)), {})
+    return CONVERTERS[next((name for name in (field, *CONVERTERS) if name in entry), field)]
+
+
+def with_tags(row, field, tags):
+    """The row with `role` and `content` in the entries of its list, in place of the names in `tags`."""
+    entries = [
+        {**entry, **{name: entry[tag] for name, tag in zip(("role", "content"), tags) if tag in entry}}
+        if isinstance(entry, dict)
+        else entry
+        for entry in list_of(row, field)
+    ]
+    return {**row, field: entries}
+
+
+def messages_of(entries, convert, tools=None, field="messages", roles=EMPTY):
     """Entries of a row -> messages; tools come first, in a system message of their own (ChatGLM3's form).
 
-    convert: `from_roles` or `from_speakers`. Problems are named with `field` and the place in it, counted from 1.
+    convert: of CONVERTERS. roles: `roles.parse_roles`. Problems are named with `field` and the place in it, from 1.
     """
     messages = [{"role": "system", "content": TOOLS_PROMPT, "tools": tools}] if tools else []
     for i, entry in enumerate(entries, 1):
         try:
             if not isinstance(entry, dict):
                 raise UserError(f"expected an object, found {entry!r:.60}.")
-            messages += convert(entry)
+            messages += convert(entry, roles=roles)
         except UserError as error:
             raise UserError(f"field {field!r}, message {i}: {error}") from None
     return messages
+
+
+def repaired(messages):
+    """Messages of --repair_turns: an answer before any question is left out, texts of one role in a row are joined by a
+    line break. The last one says "repaired" where something was done.
+    """
+    # assistant hello, user a, user b, assistant c -> user a\nb, assistant c
+    kept = []
+    for message in messages:
+        before = kept[-1] if kept else {"role": "system"}
+        plain = message["role"] in ("user", "assistant") and not (message.get("metadata") or before.get("metadata"))
+        if message["role"] == "assistant" and plain and before["role"] == "system":
+            continue
+        if plain and message["role"] == before["role"]:
+            loss = {} if message.get("loss", True) and before.get("loss", True) else {"loss": False}
+            kept[-1] = {**before, "content": f"{before['content']}\n{message['content']}"} | loss
+        else:
+            kept.append(message)
+    return kept if len(kept) in (0, len(messages)) else [*kept[:-1], {**kept[-1], "repaired": True}]
 
 
 def check_order(messages, needs_answer=True):

@@ -1,52 +1,58 @@
-"""Files -> rows, one at a time: JSONL, JSON arrays, CSV, TSV, Parquet (each also .gz), folders, and `datasets`.
+"""Files -> rows, one at a time: JSON, CSV, TSV, Parquet, spreadsheets, texts (each also .gz), folders, `datasets`.
 
     for data_file in list_data_files("a.json:2,folder,hf://owner/name#test"):
         for number, row in data_file.rows():        # row: a dict, or Unreadable
             print(data_file.where(number))          # data/spo_0.json, line 1
 
-JSONL, CSV and Parquet are streamed; a JSON array is loaded whole. Not here: hashes, and blocks of a file (`blocks`).
+Everything is streamed. Not here: JSON itself (`lines`, `arrays`), .xlsx (`spreadsheet`), what is no data (`foreign`),
+hashes, and blocks of a file (`blocks`).
 """
 
 import csv
-import gzip
 import io
-import json
 import math
 import os
 import re
-import zlib
 from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
+from glm_finetune.data.arrays import kind_of, read_array, read_object
+from glm_finetune.data.foreign import is_no_data, refuse_foreign
+from glm_finetune.data.lines import (
+    CONVERT,
+    GZIP_ERRORS,
+    MAX_LINE,
+    Unreadable,
+    as_row,
+    is_gzip,
+    lines_in,
+    not_whole,
+    opened,
+    texts_in,
+)
+from glm_finetune.data.manifest import FILE as DESCRIPTION
+from glm_finetune.data.manifest import entry_of
+from glm_finetune.data.spreadsheet import read_spreadsheet
 from glm_finetune.errors import UserError
 
-MAX_LINE = 1 << 24  # bytes of a JSON line; a longer one is a broken file, not a sample
-SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
-GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".xlsx", ".txt")
 HUB = "hf://"
-CONVERT = "Convert it, e.g. iconv -f GBK -t UTF-8 (from Windows also -f UTF-16)."
-BOM = b"\xef\xbb\xbf"
-_decode = json.JSONDecoder().raw_decode
 BATCH_ROWS = 1024  # of Parquet that are in memory at a time
 
 
 @dataclass(frozen=True)
-class Unreadable:
-    """Instead of a row: why there is none."""
-
-    problem: str
-
-
-@dataclass(frozen=True)
 class DataFile:
-    """A file (or data set of `datasets`). kind: of READERS. weight: how often its rows count in an epoch."""
+    """A file (or data set of `datasets`). kind: of READERS. weight: how often its rows count in an epoch. entry: what
+    dataset_info.json says of it, see `manifest`.
+    """
 
     path: str
     kind: str
     weight: Fraction = Fraction(1)
+    entry: str | None = None
 
     def where(self, number):
         return f"{self.path}, {UNITS[self.kind]} {number}"
@@ -54,7 +60,7 @@ class DataFile:
     @property
     def has_blocks(self):
         """Whether any part of it can be read alone: JSON lines that are not compressed."""
-        return self.kind == "lines" and not _is_gzip(self.path)
+        return self.kind == "lines" and not is_gzip(self.path)
 
     def files(self):
         """The files that it is read from; none of a data set of the hub."""
@@ -72,14 +78,9 @@ class DataFile:
                 empty = False
                 yield number, as_row(row)
         except GZIP_ERRORS as error:
-            raise _not_whole(self.path, error) from None
+            raise not_whole(self.path, error) from None
         if empty:
-            raise UserError(f"{self.path}: the {'array' if self.kind == 'array' else 'file'} is empty.")
-
-
-def as_row(value):
-    """The value if it is an object, else an Unreadable that says so."""
-    return value if isinstance(value, (dict, Unreadable)) else Unreadable(f"expected an object, found {value!r:.60}.")
+            raise UserError(f"{self.path}: the {'array' if self.kind in ('array', 'object') else 'file'} is empty.")
 
 
 def occurrences(index, weight):
@@ -117,123 +118,60 @@ def _files_of(text):
         return _files_in(path, weight)
     if not os.path.isfile(text):
         raise UserError(f"{text}: no such file. (A data set of the Hugging Face hub is {HUB}owner/name.)")
-    return [DataFile(str(path), _kind(path), weight)]
+    return [_file(path, weight)]
 
 
 def _files_in(path, weight):
-    files = [p for p in sorted(path.iterdir()) if p.is_file() and _suffix(p) in SUFFIXES and p.name[0] != "."]
+    files = [p for p in sorted(path.iterdir()) if p.is_file() and _suffix(p) in SUFFIXES and not is_no_data(p)]
     if not files:
         raise UserError(f"{path}: no file of {', '.join(SUFFIXES)} (or .gz) in this folder.")
-    return [DataFile(str(p), _kind(p), weight) for p in files]
+    return [_file(p, weight) for p in files]
+
+
+def _file(path, weight):
+    is_described = (path.parent / DESCRIPTION).is_file()
+    return DataFile(str(path), _kind(path), weight, entry_of(path) if is_described else None)
 
 
 def _kind(path):
-    kind = _suffix(path)[1:]
-    return kind if kind in ("csv", "tsv", "parquet") else "array" if _is_array(path) else "lines"
-
-
-def _suffix(path):
-    """The suffix that says what a file holds, without .gz."""
-    return (path.with_suffix("") if _is_gzip(path) else path).suffix.lower()
-
-
-def _is_gzip(path):
-    return str(path).lower().endswith(".gz")
-
-
-def _open(path):
-    return gzip.open(path, "rb") if _is_gzip(path) else open(path, "rb")
-
-
-def _is_array(path):
-    """Whether the first that is no white space or byte-order mark is a [."""
+    suffix = _suffix(path)
     try:
-        with _open(path) as file:
-            texts = (block.removeprefix(BOM).lstrip() for block in iter(partial(file.read, 4096), b""))
-            return next(filter(None, texts), b"").startswith(b"[")
+        if suffix not in (".parquet", ".xlsx"):
+            with opened(path) as file:
+                beginning = file.read(64)
+            if suffix == ".jsonl" and beginning[:2] == b'{"':  # most files: be quick
+                return "lines"
+            refuse_foreign(path, suffix, beginning)
+        if suffix in (".csv", ".tsv", ".parquet", ".xlsx"):
+            return suffix[1:]
+        return kind_of(path, "text" if suffix == ".txt" else "lines")
     except GZIP_ERRORS as error:
-        raise _not_whole(path, error) from None
+        raise not_whole(path, error) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error}).") from None
 
 
-def _not_whole(path, error):
-    return UserError(f"{path}: not a whole gzip file ({error}).")
+def _suffix(path):
+    """The suffix that says what a file holds, without .gz."""
+    return (path.with_suffix("") if is_gzip(path) else path).suffix.lower()
 
 
-def _read_lines(path):
-    with _open(path) as file:
-        yield from lines_in(file)
-
-
-def lines_in(file, number=1, num_bytes=math.inf):
-    """Yield (number, dict or Unreadable) of JSON lines, of which at most one is in memory.
-
-    file: open where line `number` begins; num_bytes: how far to read, to the end of a line.
-    """
-    while num_bytes > 0 and (line := file.readline(MAX_LINE)):
-        num_bytes -= len(line)
-        if len(line) == MAX_LINE and not line.endswith(b"\n"):
-            while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
-                num_bytes -= len(rest)
-            num_bytes -= len(rest)
-            yield number, Unreadable(f"longer than {MAX_LINE >> 20} MiB; one row is one line. Split it.")
-        else:
-            yield from numbered_rows([line], number)
-        number += 1
-
-
-def numbered_rows(lines, first):
-    """Yield (number, dict or Unreadable) of JSON lines (bytes), without blank ones. first: number of the first."""
-    for number, line in enumerate(lines, first):
-        if text := (line.removeprefix(BOM) if number == 1 else line).strip():
-            value = _parse(text)
-            yield number, value if type(value) is dict else as_row(value)
-
-
-def _parse(line):
-    """A JSON line (bytes, stripped) -> its value, or Unreadable."""
-    try:
-        text = line.decode("utf-8")
-        value, end = _decode(text)
-        return value if end == len(text) else json.loads(text)  # which says what is wrong
-    except UnicodeDecodeError as error:
-        return Unreadable(_problem(error))
-    except (RecursionError, ValueError) as error:
-        hint = " Is an object spread over several lines? One row is one line." if text in "{[" else ""
-        return Unreadable(f"{_problem(error)}: {text[:60]!r}{hint}")
-
-
-def _problem(error):
-    """Why bytes are no JSON."""
-    if isinstance(error, UnicodeDecodeError):
-        return f"not UTF-8 (byte {error.start}). {CONVERT}"
-    return "nested too deep" if isinstance(error, RecursionError) else f"not JSON ({getattr(error, 'msg', error)})"
-
-
-def _read_array(path):
-    """A JSON array, loaded whole."""
-    with _open(path) as file:
-        content = file.read()
-    try:
-        yield from enumerate(json.loads(content.decode("utf-8-sig")), 1)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: {_problem(error)}") from None
-    except (RecursionError, ValueError) as error:
-        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise UserError(f"{path}{line}: {_problem(error)}.") from None
+def _read(rows_in, path):
+    with opened(path) as file:
+        yield from rows_in(file)
 
 
 def _read_table(delimiter, path):
     """CSV or TSV with a header; every value stays the text it is. A number is the row's first line."""
     csv.field_size_limit(MAX_LINE)  # of the whole process; the default is 128 KiB
     kind, start, header = _suffix(Path(path))[1:].upper(), 1, None
-    with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as file:
+    with io.TextIOWrapper(opened(path), encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         try:
             for values in reader:
                 if header is None and values:
                     header = values
+                    _refuse_other_delimiter(path, kind, header)
                     if twice := [name for name, count in Counter(values).items() if count > 1]:
                         raise UserError(f"{path}: two columns are named {twice[0]!r}. Rename one of them.")
                 elif values:
@@ -244,6 +182,14 @@ def _read_table(delimiter, path):
             raise UserError(f"{path}, line {start} or later: not UTF-8 (byte {byte!r}). {CONVERT}") from None
         except csv.Error as error:
             raise UserError(f"{path}, line {start}: not {kind} ({error}).") from None
+
+
+def _refuse_other_delimiter(path, kind, header):
+    """Raise UserError for one column whose name holds what separates columns elsewhere."""
+    other = next((name for name in (";", "\t", ",", "|") if name in header[0]), None)
+    if len(header) == 1 and other:
+        remedy = "Save it with commas" + (", or name it .tsv." if other == "\t" and kind == "CSV" else ".")
+        raise UserError(f"{path}: its header is one column, {header[0]!r:.60}: separated by {other!r}? {remedy}")
 
 
 def _table_row(header, values, delimiter):
@@ -259,8 +205,8 @@ def _read_parquet(path):
         import pyarrow.parquet
     except ImportError:
         raise _missing("pyarrow", path) from None
-    with _open(path) as file:
-        content = io.BytesIO(file.read()) if _is_gzip(path) else file
+    with opened(path) as file:
+        content = io.BytesIO(file.read()) if is_gzip(path) else file
         number = 0
         try:
             for batch in pyarrow.parquet.ParquetFile(content).iter_batches(batch_size=BATCH_ROWS):
@@ -299,11 +245,15 @@ def _missing(library, path):
 
 
 READERS = {  # kind -> function: path -> (number, row)
-    "lines": _read_lines,
-    "array": _read_array,
+    "lines": partial(_read, lines_in),
+    "array": read_array,
+    "object": read_object,
+    "text": partial(_read, texts_in),
     "csv": partial(_read_table, ","),
     "tsv": partial(_read_table, "\t"),
     "parquet": _read_parquet,
+    "xlsx": read_spreadsheet,
     "datasets": _read_datasets,
 }
-UNITS = {"lines": "line", "array": "entry", "csv": "line", "tsv": "line", "parquet": "row", "datasets": "row"}
+UNITS = dict.fromkeys(("lines", "text", "csv", "tsv"), "line") | {"array": "entry", "object": "entry"}
+UNITS |= dict.fromkeys(("parquet", "xlsx", "datasets"), "row")

@@ -26,7 +26,7 @@ from glm_finetune.data.blocks import BLOCK_BYTES, blocks_of, layout_of
 from glm_finetune.data.columns import COLUMNS, Builder, Samples
 from glm_finetune.data.files import DataFile, occurrences
 from glm_finetune.data.report import Report
-from glm_finetune.data.samples import drafts_in, fitted, of_file
+from glm_finetune.data.samples import drafts_in, fitted, of_files, reading_in
 from glm_finetune.errors import UserError
 from glm_finetune.modes.template import remembering
 
@@ -37,11 +37,11 @@ MIN_BYTES_OF_WORKER = 128 * BLOCK_BYTES  # one or two seconds of work; starting 
 
 @dataclass(frozen=True)
 class Task:
-    """A block to tokenize. position: of its file among the files. data_format: of the file."""
+    """A block to tokenize. position: of its file among the files. reading: of the file, see `samples.reading_in`."""
 
     data_file: DataFile
     position: int
-    data_format: str
+    reading: dict
     block: object
 
 
@@ -63,11 +63,13 @@ def tokenize_block(settings, task, num_threads=1):
     All texts of the block are encoded in one call. num_threads: SentencePiece's.
     """
     # row -> drafts -> ids of all parts -> samples within the limits -> columns; a bad row is its error until its turn
-    settings, report, builder = replace(settings, data_format=task.data_format), Report(settings.too_long), Builder()
+    settings, builder = replace(settings, **task.reading), Builder()
+    report = Report(settings.too_long, formats=[settings.data_format])
     rows = list(task.block.rows())
     rows = [(number, _drafts_or_error(row, settings)) for number, row in rows]
     drafts = (draft for _, drafts in rows if type(drafts) is list for draft in drafts)
-    encode = remembering(settings.tokenizer, (part for draft in drafts for part in draft.parts), num_threads)
+    parts = settings.template.all_parts(settings.tokenizer, drafts, settings.style)
+    encode = remembering(settings.tokenizer, parts, num_threads)
     for index, (number, drafts) in enumerate(rows, task.block.first_row):
         try:
             if type(drafts) is not list:
@@ -143,10 +145,10 @@ def _result(settings, task, future):
 
 
 def _tasks(data_files, settings, cache_dir):
-    for position, data_file in enumerate(data_files):
-        data_format = of_file(data_file, settings).data_format
+    for position, (data_file, known) in enumerate(zip(data_files, of_files(data_files, settings))):
+        reading = reading_in(known)
         for block in blocks_of(data_file, cache_dir):
-            yield Task(data_file, position, data_format, block)
+            yield Task(data_file, position, reading, block)
 
 
 def in_memory(data_files, settings, progress=False):

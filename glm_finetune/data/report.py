@@ -21,7 +21,9 @@ from glm_finetune.models.loss import IGNORE
 NUM_SHOWN = 5  # bad rows that an error lists
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 PERCENTILES = (50, 90, 99)
-SHOWN = ("rows", "kept", "question_cut", "answer_cut", "skipped", "no_target", "answer_empty")
+SHOWN = ("rows", "kept", "question_cut", "history_cut", "answer_cut", "skipped", "no_target", "answer_empty")
+SHOWN += ("repaired",)
+HINTED = ("question_cut", "history_cut", "answer_cut", "skipped", "bad")
 COUNTS = (*SHOWN, "tokens", "targets")
 
 
@@ -39,14 +41,17 @@ class Report:
     rows: int = 0
     kept: int = 0  # samples; this and the counts below, except no_target, are weighted by --train_path
     question_cut: int = 0
+    history_cut: int = 0  # what stands before the question: rounds, the system message
     answer_cut: int = 0
-    skipped: int = 0  # too long, and left out because of --is_skip or --truncation drop
+    skipped: int = 0  # too long, and left out: --is_skip, --truncation drop, or no cutting would help
     no_target: int = 0  # nothing to learn in them
     answer_empty: int = 0
+    repaired: int = 0  # rows of --repair_turns
     bad: list = field(default_factory=list)  # what was wrong with rows that --on_bad_row skip left out
     tokens: int = 0
     targets: int = 0
     lengths: Counter = field(default_factory=Counter)
+    formats: list = field(default_factory=list)  # of the files, each once
     streamed: bool = False  # only the number of rows is known
 
     @classmethod
@@ -59,6 +64,7 @@ class Report:
         for name in COUNTS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.bad += other.bad
+        self.formats = sorted({*self.formats, *other.formats})
         self.lengths.update(other.lengths)
 
     def keep(self, rendered, times=1):
@@ -69,14 +75,16 @@ class Report:
             learns = any(map(len, compress(one.ids, one.draft.is_target)))
             has_target = has_target or learns
             self.answer_empty += times * one.draft.answer_empty
-            if is_cut := one.question_cut or one.answer_cut:
+            if one.is_cut and one.fits:
                 self.question_cut += times * one.question_cut
+                self.history_cut += times * one.history_cut
                 self.answer_cut += times * one.answer_cut
-            if is_cut and self.too_long == "drop":
+            if not one.fits or (one.is_cut and self.too_long == "drop"):
                 self.skipped += times
             elif learns:
                 kept.append(one)
         self.no_target += not has_target
+        self.repaired += bool(rendered) and rendered[0].draft.messages[-1].get("repaired", False)
         return kept
 
     def count(self, columns):
@@ -115,9 +123,11 @@ class Report:
             ("rows without target", self.no_target, None),
             ("samples", self.kept, None),
             ("questions cut", self.question_cut, samples),
+            ("histories cut", self.history_cut, samples),
             ("answers cut", self.answer_cut, samples),
             ("dropped, too long", self.skipped, samples),
             ("empty answers", self.answer_empty, samples),
+            ("repaired rows", self.repaired, None),
             ("tokens", self.tokens, None),
             ("targets", self.targets, tokens),
             *((f"{percent}% up to", percentile(self.lengths, percent), None) for percent in PERCENTILES),
@@ -128,16 +138,24 @@ class Report:
 
     def hints(self):
         """What the counts say that the user should know, one line each."""
-        return self._hints() if self.question_cut or self.answer_cut or self.bad else ()
+        return self._hints() if any(getattr(self, name) for name in HINTED) else ()
 
     def _hints(self):
         if self.question_cut and self.too_long == "cut":
+            yield f"{self.question_cut:,} questions were cut: raise --max_src_len. --truncation says what of them goes."
+        if self.history_cut and self.too_long == "cut":
             yield (
-                f"{self.question_cut:,} questions were cut: raise --max_src_len. Of a conversation --truncation tail "
-                "cuts the newest question; head forgets the oldest rounds instead."
+                f"of {self.history_cut:,} samples the oldest rounds (or ends of system messages and results) are left "
+                "out: raise --max_len."
             )
         if self.answer_cut and self.too_long == "cut":
             yield f"{self.answer_cut:,} answers were cut: raise --max_len."
+        if self.skipped and self.too_long == "cut":
+            yield f"{self.skipped:,} samples are left out: their calls of tools alone are too long. Raise --max_len."
+        yield from self.bad_hints()
+
+    def bad_hints(self):
+        """The line about bad rows, where there are some."""
         if self.bad:
             yield f"{len(self.bad):,} bad rows were left out, the first: {self.bad[0]}"
 

@@ -9,8 +9,11 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from glm_finetune.data.conversation import with_tags
 from glm_finetune.data.files import Unreadable, list_data_files
-from glm_finetune.data.formats import NUM_DETECTED, detect, named, parse_columns, renamed
+from glm_finetune.data.formats import NUM_DETECTED, detect, further, named, parse_columns, refuse_further, renamed
+from glm_finetune.data.manifest import reading_of
+from glm_finetune.data.roles import parse_roles
 from glm_finetune.errors import UserError, naming
 from glm_finetune.modes.spec import TRUNCATIONS, Limits
 from glm_finetune.modes.template import Template, remembering
@@ -21,8 +24,10 @@ class Settings:
     """All that samples depend on besides their rows; picklable.
 
     template: Mode.template. style: the flag --template. data_format: name of a format, None: told from the first rows
-    of each file. columns: field -> column. too_long: what becomes of a sample that does not fit: "cut", "drop" or
-    "error". on_bad_row: "stop" or "skip". drafts: what makes drafts of messages, as Template.drafts does.
+    of each file, which is_told then says. columns: field -> column. roles: name of who speaks -> role. tags: the fields
+    of a message that hold the name and the text, () = told from them. too_long: what becomes of a sample that does not
+    fit: "cut", "drop" or "error". on_bad_row: "stop" or "skip". drafts: what makes drafts of messages, as
+    Template.drafts does.
     """
 
     template: object
@@ -33,7 +38,12 @@ class Settings:
     too_long: str = "cut"
     data_format: str | None = None
     columns: dict = field(default_factory=dict)
+    roles: dict = field(default_factory=dict)
+    tags: tuple = ()
+    is_told: bool = False
     prompt_text: str = ""
+    separator: str = ""
+    repair: bool = False
     on_bad_row: str = "stop"
     drafts: Callable = Template.drafts
 
@@ -56,13 +66,15 @@ def format_settings(config):
     """{field of Settings: value} of the flags that training and prediction have in common."""
     data_format = config.data_format and named(config.data_format).name
     columns = parse_columns(config.columns) if config.columns else {}
-    return dict(data_format=data_format, columns=columns, prompt_text=config.prompt_text or "")
+    roles = parse_roles(config.roles) if config.roles else {}
+    texts = dict(prompt_text=config.prompt_text or "", separator=config.input_separator or "")
+    return dict(data_format=data_format, columns=columns, roles=roles, repair=config.repair_turns, **texts)
 
 
 def check_limits(max_len, max_src_len, template, min_room=0):
     """Raise UserError unless a question of max_src_len fits into max_len, its ending into it, and min_room is left."""
     room, tail = max_len - max_src_len - template.overhead, template.question_tail
-    if max_src_len >= max_len or room < min_room or max_src_len < max(1, tail):
+    if max_src_len >= max_len or room < min_room or max_src_len < max(1, tail, template.question_head + 1):
         raise _no_room(max_len, max_src_len, template, room < min_room)
 
 
@@ -75,22 +87,49 @@ def _no_room(max_len, max_src_len, template, lacks_answer):
             f"{template.overhead} special tokens of this mode: use --max_len {max_src_len + template.overhead + 1} or "
             "more."
         )
-    tail = template.question_tail
-    return UserError(f"--max_src_len {max_src_len} is too small: the ending of a question alone is {tail}.")
+    fixed = template.question_head + template.question_tail
+    return UserError(f"--max_src_len {max_src_len} is too small: what is not text of a question is {fixed} tokens.")
 
 
 def of_file(data_file, settings, needs_answer=True):
     """The settings with the format of a file, told from its first rows. Raises UserError naming the file."""
+    settings = _as_described(data_file, settings)
     if settings.data_format is None:
         rows = first_rows(data_file, settings)
         with naming(data_file.where(rows[0][0])):
             file_format = detect([renamed(row, settings.columns) for _, row in rows], needs_answer)
-        settings = replace(settings, data_format=file_format.name)
-    if settings.prompt_text and not named(settings.data_format).takes_prompt:
-        raise UserError(
-            f"--prompt_text goes with the format text_answer; {data_file.path} is {settings.data_format}. Leave it out."
-        )
+        settings = replace(settings, data_format=file_format.name, is_told=needs_answer)
     return settings
+
+
+TAKEN = {  # field of Settings that a flag fills: (what of a Format takes it, the flag and what it is for)
+    "prompt_text": ("takes_prompt", "--prompt_text goes with the format text_answer"),
+    "separator": ("takes_separator", "--input_separator goes between instruction and input"),
+    "roles": ("has_roles", "--roles goes with conversations"),
+}
+
+
+def of_files(data_files, settings, needs_answer=True):
+    """`of_file` of each. Raises UserError for a text or roles that none of them has a use for."""
+    known = [of_file(data_file, settings, needs_answer) for data_file in data_files]
+    for field_name, (taker, purpose) in TAKEN.items():
+        if getattr(settings, field_name) and not any(getattr(named(one.data_format), taker) for one in known):
+            found = f"{data_files[-1].path} is {known[-1].data_format}"
+            raise UserError(f"{purpose}; {found}. Leave it out.")
+    return known
+
+
+def _as_described(data_file, settings):
+    """The settings with what dataset_info.json says of a file, where no flag says it."""
+    said = reading_of(data_file.entry) if data_file.entry else {}
+    if settings.data_format or settings.columns:
+        said = {name: value for name, value in said.items() if name in ("roles", "tags")}
+    return replace(settings, **said | {"roles": said.get("roles", {}) | settings.roles}) if said else settings
+
+
+def reading_in(settings):
+    """{field of Settings: value} of all that `of_file` decides, to hand on without the tokenizer."""
+    return {name: getattr(settings, name) for name in ("data_format", "columns", "roles", "tags", "is_told")}
 
 
 def first_rows(data_file, settings):
@@ -114,11 +153,18 @@ def messages_in(row, settings, needs_answer=True):
     """The messages of a row of a known format (`of_file`). Raises UserError naming field and remedy."""
     if isinstance(row, Unreadable):
         raise UserError(row.problem)
-    file_format = named(settings.data_format)
+    file_format, row = named(settings.data_format), renamed(row, settings.columns)
     try:
-        return file_format.messages(renamed(row, settings.columns), settings.prompt_text, needs_answer)
+        row = with_tags(row, file_format.fields[0], settings.tags) if settings.tags else row
+        texts = settings.prompt_text, needs_answer, settings.roles, settings.separator
+        messages = file_format.messages(row, *texts, settings.repair)
+        if settings.is_told and messages[0]["role"] == "text":
+            refuse_further(further(row))
+        return messages
     except UserError as error:
-        hint = f"(The file is read as format {file_format.name}; --data_format changes that.)"
+        names = "".join(f", {name} from the column {column!r}" for name, column in settings.columns.items() if column)
+        hint = f"(The file is read as format {file_format.name}{names}; --data_format and --columns change that.)"
+        hint = hint if names else f"(The file is read as format {file_format.name}; --data_format changes that.)"
         raise UserError(f"{error} {hint}") from None
 
 
@@ -143,8 +189,9 @@ def fitted(drafts, settings, encode):
 
 def _refuse_cut(rendered):
     for one in rendered:
-        if one.question_cut or one.answer_cut:
-            name, flag = ("question", "max_src_len") if one.question_cut else ("answer", "max_len")
+        if one.is_cut:
+            name, flag = ("question", "max_src_len") if one.question_cut else ("conversation", "max_len")
+            name = name if one.question_cut or one.history_cut else "answer"
             remedy = "Raise it, or choose another --truncation than error."
             raise UserError(f"the {name} does not fit into --{flag}. {remedy}")
 
@@ -165,28 +212,37 @@ def _as_json(row, where):
     return json.loads(text)
 
 
-def read_questions(config, trained_prompt=None):
-    """Yield (where, row, messages up to the last answer, that answer or None) of --test_path. config: PredictConfig.
+def read_questions(config, prompt=None):
+    """Yield (where, row, messages up to the last answer, that answer) of --test_path, as `question_in`.
 
-    trained_prompt: the --prompt_text of the training, used where the format takes one and config has none.
-    Raises UserError naming the place of a bad row.
+    config: PredictConfig. prompt: `record.Prompt` of the training, whose texts are used where the format takes them and
+    config has none. Raises UserError naming the place of a bad row.
     """
     settings = Settings(None, None, None, **format_settings(config))
-    for data_file in list_data_files(config.test_path):
-        known = of_file(data_file, settings, needs_answer=False)
-        if named(known.data_format).takes_prompt:
-            known = replace(known, prompt_text=known.prompt_text or trained_prompt or "")
+    data_files = list_data_files(config.test_path)
+    for data_file, known in zip(data_files, of_files(data_files, settings, needs_answer=False)):
+        if prompt and named(known.data_format).takes_prompt:
+            known = replace(known, prompt_text=known.prompt_text or prompt.prompt_text or "")
+        if prompt and named(known.data_format).takes_separator:
+            known = replace(known, separator=known.separator or prompt.input_separator or "")
         if data_file.weight != 1:
             name = f"{data_file.path}:{float(data_file.weight):g}"
             raise UserError(f"--test_path {name}: answers need no weight. Leave it out.")
         for number, row in data_file.rows():
             where = data_file.where(number)
             with naming(where):
-                messages = messages_in(row, known, needs_answer=False)
+                messages, answer = question_in(row, known)
                 if "prediction" in row:
                     raise UserError("its answer would take the place of the field 'prediction'. Rename that.")
-            asked = len(messages)
-            while asked and messages[asked - 1]["role"] == "assistant":
-                asked -= 1
-            answer = messages[-1]["content"] if asked < len(messages) else None
-            yield where, _as_json(row, where), messages[:asked], answer
+            yield where, _as_json(row, where), messages, answer
+
+
+def question_in(row, settings):
+    """(messages up to the last answer, that answer: a text, a list of several right ones, or None) of a row."""
+    messages = messages_in(row, settings, needs_answer=False)
+    asked = len(messages)
+    while asked and messages[asked - 1]["role"] == "assistant":
+        asked -= 1
+    if asked < len(messages):
+        return messages[:asked], messages[-1]["content"]
+    return messages, named(settings.data_format).references(renamed(row, settings.columns))

@@ -13,7 +13,7 @@ from itertools import islice
 from glm_finetune.data.blocks import check_unchanged, layout_of, signatures
 from glm_finetune.data.cache import naming_the_cache
 from glm_finetune.data.report import Report
-from glm_finetune.data.samples import first_rows, of_file, prepare_row
+from glm_finetune.data.samples import first_rows, of_files, prepare_row
 from glm_finetune.errors import UserError
 
 LEAVE = "Leave --streaming out."
@@ -43,8 +43,8 @@ class Stream:
                 self._blocks.append((position, block))
                 self._first_rows.append(num_rows + block.first_row)
             num_rows += layout.num_rows
-        self.report = Report(rows=num_rows, streamed=True)
-        self._settings = [of_file(data_file, settings) for data_file in data_files]
+        self._settings = of_files(data_files, settings)
+        self.report = Report(rows=num_rows, streamed=True, formats=[known.data_format for known in self._settings])
         self._windows = {}  # number of a window: its rows; the newest two, since a step may span two
         for data_file, known in zip(data_files, self._settings):
             for number, row in first_rows(data_file, known):
@@ -83,8 +83,10 @@ class Stream:
 
 
 def sample_of(where, row, settings):
-    """The one sample of a row. Raises UserError naming `where` if it makes none or several."""
+    """The one sample of a row. Raises UserError naming `where` if it makes none, several, or one that cannot fit."""
     rendered = prepare_row(where, row, settings)
     if len(rendered) != 1:
         raise UserError(f"{where}: makes {len(rendered)} samples, --streaming takes one of each row. {LEAVE}")
+    if not rendered[0].fits:
+        raise UserError(f"{where}: its roles and calls of tools alone do not fit into --max_len. {LEAVE}")
     return rendered[0].row

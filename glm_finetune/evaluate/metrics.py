@@ -19,13 +19,17 @@ class TripleScores:
 
 
 def triple_scores(pairs):
-    """pairs: list of (predicted answer, gold answer), not empty -> TripleScores, all between 0 and 1."""
+    """pairs: list of (predicted answer, its references), not empty -> TripleScores, all between 0 and 1.
+
+    Of several references of a sample the one counts that gives the best F1.
+    """
     counts, num_exact = [], 0
-    for predicted, gold in pairs:
+    for predicted, references in pairs:
         predicted = {line for line in predicted.split("\n") if len(line.split("_")) == 3}
-        gold = set(gold.split("\n"))
-        counts.append((len(predicted & gold), len(predicted), len(gold)))
-        num_exact += predicted == gold
+        known = [set(gold.split("\n")) for gold in references]
+        compared = [(len(predicted & gold), len(predicted), len(gold)) for gold in known]
+        counts.append(max(compared, key=lambda numbers: _f1(*numbers)))
+        num_exact += predicted in known
     num_right, num_predicted, num_gold = map(sum, zip(*counts))
     return TripleScores(
         sum(_f1(*numbers) for numbers in counts) / len(counts),

@@ -37,8 +37,9 @@ def choose_rule(folder, fields, asked=None, default=None):
     if not (asked or default):
         raise UserError(
             f"{folder}: rope_ratio is {fields['rope_ratio']} and nothing says by which rule. Put the {CODE} that was "
-            "published with the weights beside them, or give --rope_rule position (it divides positions, as in "
-            "ChatGLM2-6B-32k) or --rope_rule base (it multiplies the rotary base, as in ChatGLM3-6B-32k)."
+            "published with the weights beside them, or give --rope_rule position (it divides positions, as the 16 of "
+            "ChatGLM2-6B-32k) or --rope_rule base (it multiplies the rotary base, as the 50 of ChatGLM3-6B-32k and the "
+            "500 of ChatGLM3-6B-128k)."
         )
     return asked or default
 

@@ -42,5 +42,9 @@ def refuse_others(mode, folder, fields):
     """Raise UserError if the `_name_or_path` of a folder's config.json (a dict) is a model of another mode."""
     name = str(fields.get("_name_or_path", ""))
     if any(other.named_in(name) is not None for other in MODE.values() if other is not mode):
-        problem = f"its config.json says it is {name}, not a model for --mode {mode.name}"
-        raise UserError(f"{folder}: {problem}. If that is wrong, correct _name_or_path there.")
+        raise _of_another(mode, folder, name)
+
+
+def _of_another(mode, folder, name):
+    problem = f"its config.json says it is {name}, not a model for --mode {mode.name}"
+    return UserError(f"{folder}: {problem}. If that is wrong, correct _name_or_path there.")

@@ -16,8 +16,16 @@ class ModelFlags(Flags):
     """Which model is trained."""
 
     mode: str = flag(
-        "glm (ChatGLM-6B), glm2 (ChatGLM2-6B, CodeGeeX2) or glm3 (ChatGLM3-6B)", "glm2", group="model and data"
+        "glm (ChatGLM-6B), glm2 (ChatGLM2-6B, CodeGeeX2) or glm3 (ChatGLM3-6B); may be left out where the base says "
+        "that it is of the default",
+        "glm2",
+        group="model and data",
     )
     model_name_or_path: str = flag("folder of the base checkpoint (config.json, weights, tokenizer)")
+    init_from: str | None = flag(
+        "begin with the weights in a folder, at step 0 with a new optimizer: an adapter (lora, qlora), a prefix "
+        "(ptuning) or a whole model (all, freeze), which is then the base",
+        None,
+    )
     rope_rule: str | None = flag(ROPE_HELP, None, RULES)
     allow_longer: bool = flag("let --max_len be more than the base was made for", False)

@@ -12,8 +12,9 @@ from functools import partial
 import torch
 
 from glm_finetune.models.glm import ChatGLMConfig, ChatGLMForConditionalGeneration
+from glm_finetune.modes.drafts import ANSWER, FIXED, QUESTION, Draft
 from glm_finetune.modes.spec import Mode, finish_pair, split_turns
-from glm_finetune.modes.template import ANSWER, FIXED, QUESTION, Draft, Template
+from glm_finetune.modes.template import Template
 from glm_finetune.modes.tokenizer import ChatGLMTokenizer
 
 # Full-width forms that the model writes as ASCII (its tokenizer folds them); restored next to Chinese characters.
@@ -24,9 +25,10 @@ def prompt(history, question, style="train"):
     """The text before the answer; its colons are full-width.
 
     "train" counts rounds from 1 (ChatGLM-Finetuning's single question is [Round 1]), the official templates from 0;
-    "official" leaves a question without history bare, as chat() does, "official_rounds" makes it [Round 0].
+    "official" leaves a question without history bare, as chat() does (so does "raw"), "official_rounds" makes it
+    [Round 0].
     """
-    if not history and style == "official":
+    if not history and style in ("official", "raw"):
         return question
     first = 1 if style == "train" else 0
     past = "".join([f"[Round {i}]\n问：{old}\n答：{answer}\n" for i, (old, answer) in enumerate(history, first)])
@@ -35,12 +37,13 @@ def prompt(history, question, style="train"):
 
 def draft(tokenizer, messages, style, trained):
     """See Template.draft."""
-    history, question, answer = split_turns(messages[: trained[-1] + 1] if trained else messages)
+    history, question, answer = split_turns(messages[: trained[-1] + 1] if trained else messages, style)
     asked = prompt(history, question, style), (tokenizer.gmask_token_id,), (tokenizer.bos_token_id,)
     if not trained:
-        return Draft(messages, trained, asked, (QUESTION, FIXED, FIXED), (False, False, False), 2)
+        return Draft(messages, trained, asked, (QUESTION, FIXED, FIXED), (False,) * 3, 2, asks=(0,))
     parts = (*asked, answer, (tokenizer.eos_token_id,))
-    return Draft(messages, trained, parts, (QUESTION, FIXED, FIXED, ANSWER, FIXED), (False, False, True, True, True), 2)
+    kinds, is_target = (QUESTION, FIXED, FIXED, ANSWER, FIXED), (False, False, True, True, True)
+    return Draft(messages, trained, parts, kinds, is_target, 2, asks=(0,))
 
 
 def positions(num_tokens, num_prefix):
@@ -51,13 +54,18 @@ def positions(num_tokens, num_prefix):
     return torch.stack((index.clamp_max(num_prefix - 1), (index - num_prefix + 1).clamp_min(0)))
 
 
-def clean_response(text, history=None):
-    """Strip, fill in the training date, widen punctuation next to Chinese characters. Returns (text, history)."""
+def clean(text):
+    """Strip, fill in the training date, widen punctuation next to Chinese characters."""
     text = text.strip().replace("[[训练时间]]", "2023年")
     for narrow, wide in PUNCTUATION:
         text = re.sub(rf"([\u4e00-\u9fff]){narrow}", rf"\1{wide}", text)
         text = re.sub(rf"{narrow}([\u4e00-\u9fff])", rf"{wide}\1", text)
-    return text, history
+    return text
+
+
+def clean_response(text, history=None):
+    """See Mode."""
+    return clean(text), history
 
 
 GLM = Mode(
@@ -72,6 +80,7 @@ GLM = Mode(
         text_prefix=1,
     ),
     positions=positions,
+    clean=clean,
     clean_response=clean_response,
     finish_turn=partial(finish_pair, clean_response),
     entries_per_turn=1,

@@ -6,13 +6,14 @@ conversation is one sample, without </s> between its messages.
 """
 
 import ast
-import json
 
 from glm_finetune.errors import UserError
 from glm_finetune.models.glm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration
-from glm_finetune.modes.glm2 import positions
-from glm_finetune.modes.spec import Mode
-from glm_finetune.modes.template import ANSWER, FIXED, QUESTION, Draft, Template
+from glm_finetune.modes.drafts import ANSWER, FIXED, QUESTION, Draft
+from glm_finetune.modes.glm2 import clean, positions
+from glm_finetune.modes.glm2 import draft as raw_draft
+from glm_finetune.modes.spec import Mode, system_text
+from glm_finetune.modes.template import Template
 from glm_finetune.modes.tokenizer import ChatGLM3Tokenizer
 
 ROLES = ("system", "user", "assistant", "observation")
@@ -27,6 +28,8 @@ def draft(tokenizer, messages, style, trained):
     """
     # user "1", assistant "2", user "3", with the answer trained; the parts that are targets in brackets:
     # [gMASK] sop  <|user|> \n 1  [<|assistant|>] [\n] [2]  [<|user|>]  the last says that the answer is over
+    if style == "raw":
+        return raw_draft(tokenizer, messages, style, trained)
     num_messages = trained[-1] + 1 if trained else len(messages)
     parts, kinds, is_target, follows_answer = [tuple(tokenizer.begin_ids)], [FIXED], [False], False
     for i, message in enumerate(messages[:num_messages]):
@@ -36,18 +39,17 @@ def draft(tokenizer, messages, style, trained):
         is_target += [follows_answer or (learns and style == "train"), learns, learns]
         follows_answer = learns
     parts.append((_end(tokenizer, messages, num_messages) if trained else tokenizer.get_command("<|assistant|>"),))
-    return Draft(messages, trained, parts, [*kinds, FIXED], [*is_target, bool(trained)])
+    asks = tuple(3 * i for i in trained or [num_messages])  # the content of the message before
+    return Draft(messages, trained, parts, [*kinds, FIXED], [*is_target, bool(trained)], asks=asks)
 
 
 def message_parts(tokenizer, message):
     """(role token), ids of `metadata\\n`, content: a system message's own and its `tools`, as JSON."""
-    role, metadata, content = message["role"], message.get("metadata"), message["content"]
+    role, metadata = message["role"], message.get("metadata")
     if role not in ROLES:
         raise UserError(f"role {role!r}: ChatGLM3 knows {', '.join(ROLES)}.")
-    if role == "system" and "tools" in message:
-        content = content + "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
     head = tuple(tokenizer.encode_text(metadata + "\n")) if metadata else tokenizer.newline_ids
-    return (tokenizer.get_command(f"<|{role}|>"),), head, content
+    return (tokenizer.get_command(f"<|{role}|>"),), head, system_text(message)
 
 
 def _end(tokenizer, messages, i):
@@ -115,11 +117,13 @@ GLM3 = Mode(
     tokenizer=ChatGLM3Tokenizer,
     template=Template(
         draft,
+        question_head=3,  # <|user|> and its line break
         question_tail=0,  # the original cuts a long question at its end
         overhead=6,  # of the original's arithmetic: [gMASK] sop </s>, and three tokens that stay unused
         joins_answers=True,
     ),
     positions=positions,
+    clean=clean,
     clean_response=clean_response,
     finish_turn=finish_turn,
     entries_per_turn=2,
@@ -128,4 +132,5 @@ GLM3 = Mode(
     released=("ChatGLM3-6B",),
     names=r"chatglm3",
     rope_rule="base",
+    names_tools=True,
 )

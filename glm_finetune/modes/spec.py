@@ -1,5 +1,6 @@
 """What a mode is: the record that everything else reads instead of asking `if mode ==`."""
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,10 +14,10 @@ TRUNCATIONS = ("tail", "head", "middle")
 class Limits:
     """Lengths in tokens, and what is cut to keep them. The defaults are ChatGLM-Finetuning's behaviour.
 
-    max_len: a whole sample. max_src_len: what stands before an answer. truncation: the part of it that is cut; "head"
-    forgets the oldest rounds of a conversation first, the others where cutting alone cannot make it fit; None: samples
-    that do not fit are marked as cut and left as they are. end_cut_answers: an answer that was cut ends in the end
-    token all the same, which teaches the model to stop in the middle of a sentence.
+    max_len: a whole sample. max_src_len: the turn before an answer; in a prompt all that stands before the answer.
+    truncation: what of a longer turn is cut; None: samples that do not fit are marked as cut and left as they are. The
+    oldest rounds of a conversation that is longer than max_len are forgotten, see `modes.cutting`. end_cut_answers: an
+    answer that was cut ends in the end token all the same, which teaches the model to stop in the middle of a sentence.
     """
 
     max_len: int
@@ -39,8 +40,11 @@ class Mode:
     every assistant message ("last": the last one); empty if none is to be trained. As few samples as the mode allows
     without changing the ids that stand before an answer.
     style, a value of --template: "train" is ChatGLM-Finetuning's and the default of training, "official" the released
-    model's chat, "official_rounds" that of its chat fine-tuning scripts (ChatGLM-6B: a first question is counted, too).
+    model's chat, "official_rounds" that of its chat fine-tuning scripts (ChatGLM-6B: a first question is counted, too),
+    "raw" the question as it is, for base models; and in prediction "text": a text that is continued.
     positions(num_tokens, num_prefix) -> position ids, (T,) or (2, T) int64.
+    clean(text) -> the text as the official chat cleans it. names_tools: whether an answer begins with a line for the
+    name of a tool that it calls, empty if it calls none.
     clean_response(text, history) -> (response, history) as the original's process_response.
     finish_turn(history, query, role, text) -> (response, new history): the form of a history differs between modes.
     template: how a conversation is written, see modes/template.py; render and samples are its methods.
@@ -54,6 +58,7 @@ class Mode:
     tokenizer: type
     template: object
     positions: Callable
+    clean: Callable
     clean_response: Callable
     finish_turn: Callable
     entries_per_turn: int  # of a history: 1 pair, or 2 messages
@@ -62,6 +67,7 @@ class Mode:
     released: tuple  # its models, in words
     names: str  # pattern of what its checkpoints are called: `_name_or_path` of config.json, or their folder
     rope_rule: str | None = None
+    names_tools: bool = False
 
     def missing_in(self, fields):
         """Fields of this mode's architecture, which modes may share, that a config.json (a dict) lacks."""
@@ -76,11 +82,18 @@ class Mode:
     samples = property(lambda self: self.template.samples)
 
 
-def split_turns(messages):
+def system_text(message):
+    """The text of a message: its content, and behind it the tools of a system message as JSON (ChatGLM3's form)."""
+    if "tools" not in message:
+        return message["content"]
+    return message["content"] + "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
+
+
+def split_turns(messages, style="train"):
     """Messages of user and assistant in turn -> (list of past (question, answer), question, answer or None).
 
     A system message is put in front of the first question, on a line of its own: these modes have no such role.
-    Raises UserError for another order or another role.
+    Raises UserError for another order or another role, and for several questions in the style "raw".
     """
     roles = [message["role"] for message in messages]
     if roles == ["user", "assistant"] and len(messages[0]) == len(messages[1]) == 2:  # most rows: be quick
@@ -96,6 +109,8 @@ def split_turns(messages):
     contents = [message["content"] for message in messages]
     answer = contents.pop() if roles[-1] == "assistant" else None
     question = contents.pop()
+    if contents and style == "raw":
+        raise UserError("--template raw has one question and its answer; this is a conversation. Give another one.")
     return list(zip(contents[::2], contents[1::2])), question, answer
 
 

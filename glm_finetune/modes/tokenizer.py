@@ -19,10 +19,12 @@ import sentencepiece
 import torch
 
 from glm_finetune.errors import UserError
+from glm_finetune.modes.added import ADDED_FILE, LISTS, refuse_added
 from glm_finetune.weights import read_json
 
 # transformers' clean_up_tokenization, the default of the original ChatGLM-6B and ChatGLM2-6B tokenizers
 CLEAN_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 
 
 class Tokenizer:
@@ -55,17 +57,26 @@ class Tokenizer:
         reason = str(error).splitlines()[0]
         if path.is_file() and path.read_bytes()[:40].startswith(b"version https://git-lfs"):
             return UserError(f"{path}: a git-lfs pointer, not the file itself: git lfs pull, or copy the file again.")
+        if path.is_file() and TIKTOKEN.match(path.read_bytes()[:400]):
+            return UserError(f"{path}: a vocabulary of tiktoken, as GLM-4 has it, not a ChatGLM's: not supported.")
         return UserError(f"{path}: not a readable SentencePiece model ({reason}). Found in the folder: {found}.")
 
     @classmethod
     def from_pretrained(cls, folder):
         """Read the tokenizer files of a folder. Raises UserError naming the file that is missing or wrong."""
         config = Path(folder) / "tokenizer_config.json"
-        return cls(folder, read_json(config) if config.is_file() else {})
+        tokenizer = cls(folder, fields := read_json(config) if config.is_file() else {})
+        if fields.keys() & LISTS or (Path(folder) / ADDED_FILE).is_file():
+            refuse_added(tokenizer, folder)
+        return tokenizer
+
+    def knows(self, token):
+        """Whether a token is in the vocabulary, special ones by the original's name."""
+        return token in ("<unk>", "<pad>") or self.convert_tokens_to_ids(token) != self.convert_tokens_to_ids("<unk>")
 
     def save_pretrained(self, folder):
         """Copy the tokenizer files, byte for byte. Raises OSError if the model file is gone."""
-        for name in (self.model_file, "tokenizer_config.json", "special_tokens_map.json"):
+        for name in (self.model_file, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
             if name == self.model_file or (self.folder / name).is_file():
                 shutil.copyfile(self.folder / name, Path(folder) / name)
 
@@ -102,6 +113,11 @@ class Tokenizer:
                     found[i] = np.array(self.encode_text(texts[i]), np.int32)
         found, array = iter(found), cache(partial(np.array, dtype=np.int32))
         return [next(found) if isinstance(part, str) else array(part) for part in parts]
+
+    def decode_parts(self, parts):
+        """Texts of lists of ids without special ones, in one call, not cleaned up. parts: of `encode_parts`."""
+        texts = self.sp.decode([(ids - self.num_image_tokens).tolist() for ids in parts]) if parts else []
+        return list(map(self.white_space, texts))
 
     def _spell(self, special_id):
         """A special piece that the vocabulary would match in text, written with its characters instead."""

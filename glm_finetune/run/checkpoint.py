@@ -1,4 +1,5 @@
-"""What a run leaves: output_dir/epoch-E-step-S/ with weights or an adapter, tokenizer, train_config.json and `state`.
+"""What a run leaves: output_dir/epoch-E-step-S/ with weights or an adapter, tokenizer, train_config.json and `state`
+(--save_state).
 
 It is written under a temporary name and renamed when complete.
 """
@@ -61,6 +62,7 @@ class Saver:
         if eval_loss is not None:
             self._compare(progress.step, eval_loss, target.name)
         tensors, randoms, numbers = run_state
+        tensors = () if self.config.save_state == "no" else tensors
         known = randoms, {**numbers, "best": self.best}, {**self.record, "epoch": epoch, "step": progress.step}
         later = self.config.async_save and dist.is_main()
         weights = gathered(self.engine.module, self.train_type.saves != "weights", to_keep=later)
@@ -110,7 +112,8 @@ class Saver:
             _write_model(self.engine.module, self.tokenizer, self.train_type, temporary, weights)
             if self.train_type.saves == "weights":
                 copy_side_files(self.config.model_name_or_path, temporary)
-            state.write(temporary / state.FOLDER, counted(tensors, f"{title}: state", total[-1]), randoms, numbers)
+            if self.config.save_state != "no":
+                state.write(temporary / state.FOLDER, counted(tensors, f"{title}: state", total[-1]), randoms, numbers)
             write_record(record, temporary)
             write_manifest(temporary)
             if target.is_dir() and is_marked(target):
@@ -120,11 +123,19 @@ class Saver:
             write_text(target.name, target.with_name("latest"))
             if numbers["best"]:
                 write_text(numbers["best"]["checkpoint"], target.with_name("best"))
-            if self.config.save_total_limit:
-                forget_old(target, self.config.save_total_limit, numbers["best"])
+            if self.config.save_total_limit or self.config.save_state == "last":
+                thin_out(target, self.config, numbers["best"])
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             self.problem = NotWritten(f"saving {target} failed: {error}. Earlier checkpoints are untouched.")
+
+
+def thin_out(newest, config, best):
+    """What --save_total_limit and --save_state take away once `newest` is whole."""
+    if config.save_total_limit:
+        forget_old(newest, config.save_total_limit, best)
+    if config.save_state == "last":
+        drop_states(newest)
 
 
 def forget_old(newest, limit, best):
@@ -137,6 +148,21 @@ def forget_old(newest, limit, best):
         if not best or old.name != best["checkpoint"]:
             gone = old.with_name(TEMPORARY + old.name)  # a half-deleted one must not look like a checkpoint
             os.replace(old, gone)
+            shutil.rmtree(gone)
+
+
+def drop_states(newest):
+    """Delete the state of the whole checkpoints before `newest`, just written; without it they are whole all the same.
+
+    The manifest forgets it first, then it gets a name that the next run deletes: killed at any moment all stay whole.
+    """
+    for folder in checkpoints(newest.parent):
+        has_state = (folder / state.FOLDER).is_dir() and step_of(folder) < step_of(newest)
+        if has_state and damage(folder, sizes_only=True) is None:
+            kept = {name: entry for name, entry in _manifest(folder).items() if Path(name).parts[0] != state.FOLDER}
+            write_json(kept, folder / MANIFEST)
+            gone = folder.with_name(TEMPORARY + folder.name)
+            os.replace(folder / state.FOLDER, gone)
             shutil.rmtree(gone)
 
 

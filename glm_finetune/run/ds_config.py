@@ -1,7 +1,8 @@
 """A DeepSpeed file and the flags -> the dict that DeepSpeed gets. Pure; does not import deepspeed.
 
-The file owns the memory strategy (`zero_optimization`), the flags own the numbers. A number in the file must say what
-the flag says; "auto" is filled in.
+The file owns the memory strategy (`zero_optimization`), the flags own the numbers. The numbers that ChatGLM-Finetuning
+wrote over with its flags are written over here too (`not_used`); any other must say what the flag says. "auto" is
+filled in.
 """
 
 import json
@@ -11,21 +12,17 @@ from glm_finetune.errors import UserError, did_you_mean, raise_together
 from glm_finetune.weights import read_json
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
-FLAGS = {  # numbers of the file, and what says them
-    "train_micro_batch_size_per_gpu": "--per_device_train_batch_size",
-    "gradient_accumulation_steps": "--gradient_accumulation_steps",
-    "gradient_clipping": "--max_grad_norm",
-    "train_batch_size": "--per_device_train_batch_size x --gradient_accumulation_steps x ranks",
-}
-ADAMW_FLAGS = {"lr": "--learning_rate", "weight_decay": "--weight_decay", "betas": "training", "eps": "training"}
+SIZES = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+OWNED = {*SIZES, "optimizer", "scheduler"}  # what has numbers that flags write over
 PASSED_ON = """
     zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer aio comms_logger
     communication_data_type flops_profiler wall_clock_breakdown memory_breakdown dump_state prescale_gradients
     gradient_predivide_factor data_types checkpoint seq_parallel_communication_data_type sparse_gradients
     activation_checkpointing
 """.split()
-KNOWN = [*FLAGS, *"bf16 fp16 optimizer scheduler steps_per_print".split(), *PASSED_ON]
-SUBSECTIONS = {"zero_optimization": ("offload_param", "offload_optimizer"), "optimizer": ("params",)}
+KNOWN = [*SIZES, *"gradient_clipping bf16 fp16 optimizer scheduler steps_per_print".split(), *PASSED_ON]
+SUBSECTIONS = {"zero_optimization": ("offload_param", "offload_optimizer")}
+SUBSECTIONS |= {"optimizer": ("params",), "scheduler": ("params",)}
 
 
 def read_ds_file(name):
@@ -69,10 +66,10 @@ def resolve(ds_json, config, world_size, precision, device_type, learns_in_fp32=
     Stage 0 becomes stage 1, which gives its numbers: stage 0 applies a step whose gradient is not finite.
     """
     micro, accumulate = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    numbers = dict(zip(FLAGS, (micro, accumulate, config.max_grad_norm, micro * accumulate * world_size)))
+    numbers = dict(zip(SIZES, (micro, accumulate, micro * accumulate * world_size)))
     adamw = {"lr": config.learning_rate, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": config.weight_decay}
     zero = _without_auto(ds_json.get("zero_optimization", {"stage": 0}))
-    raise_together([*_contradictions(ds_json, numbers, adamw, precision), *_zero_problems(zero)])
+    raise_together([*_contradictions(ds_json, config, precision), *_zero_problems(zero)])
     in_bf16 = precision == "bf16" and not learns_in_fp32
     zero, sums = _sums({**zero, "stage": max(1, zero["stage"])}, ds_json.get("data_types", {}), in_bf16)
     if device_type == "cpu":  # pinned memory and overlapping streams would have to be compiled first, and serve cards
@@ -82,6 +79,7 @@ def resolve(ds_json, config, world_size, precision, device_type, learns_in_fp32=
     return {
         **{key: ds_json[key] for key in PASSED_ON if key in ds_json},
         **numbers,
+        "gradient_clipping": config.max_grad_norm,
         **sums,
         "zero_optimization": zero,
         "bf16": {"enabled": in_bf16},
@@ -110,28 +108,41 @@ def stage_of(ds_json):
     return ds_json.get("zero_optimization", {}).get("stage", 0)
 
 
-def _contradictions(ds_json, numbers, adamw, precision):
+def not_used(ds_json, ds_config):
+    """["train_batch_size 32", "optimizer lr 0.001", ...]: numbers of a file that are others in what it was resolved to.
+
+    ChatGLM-Finetuning wrote its flags over these; its own files have values there that never counted.
+    """
+    sections = [("", ds_json, {name: ds_config[name] for name in SIZES})]
+    for name in ("optimizer", "scheduler"):
+        there = ds_json.get(name, {}).get("params", {})
+        own = ds_config.get(name, {}).get("params", {})
+        sections.append((f"{name} ", there, {**dict.fromkeys(there), **own}))
+    return [
+        f"{section}{name} {there[name]}"
+        for section, there, here in sections
+        for name in here
+        if there.get(name, "auto") not in ("auto", here[name])
+    ]
+
+
+def _contradictions(ds_json, config, precision):
     yield from map(_unknown_key, [key for key in ds_json if key not in KNOWN])
-    for key, value in numbers.items():
-        if ds_json.get(key, "auto") not in ("auto", value):
-            yield f"ds_file says {key} = {ds_json[key]!r}, {FLAGS[key]} says {value}: leave it out or make them equal."
+    if (norm := ds_json.get("gradient_clipping", "auto")) not in ("auto", own := config.max_grad_norm):
+        yield f"ds_file says gradient_clipping = {norm!r}, --max_grad_norm says {own}: leave it out or make them equal."
     if ds_json.keys() & {"optimizer", "scheduler", "bf16", "fp16"}:
-        yield from _other_sections(ds_json, adamw, precision)
+        yield from _other_sections(ds_json, precision)
 
 
 def _unknown_key(key):
     return f"ds_file: unknown key {key!r}.{did_you_mean(key, KNOWN)}"
 
 
-def _other_sections(ds_json, adamw, precision):
+def _other_sections(ds_json, precision):
     """Problems of sections that flags own: a file of the original's kind has them."""
     optimizer, scheduler = ({"type": None, **ds_json.get(name, {})} for name in ("optimizer", "scheduler"))
     if optimizer["type"] not in (None, "Adam", "AdamW"):
         yield f"ds_file has an optimizer {optimizer['type']!r}; training uses AdamW: leave the section out."
-    params = optimizer.get("params", {})
-    for key, flag in ADAMW_FLAGS.items():
-        if params.get(key, "auto") not in ("auto", adamw[key]):
-            yield f"ds_file says optimizer {key} = {params[key]}, {flag} says {adamw[key]}: leave it out of the file."
     if (wanted := precision_of(ds_json)) not in (None, precision):
         yield f"ds_file switches {wanted} on, --precision says {precision}: leave it out or make them equal."
     if scheduler["type"] not in (None, "WarmupDecayLR", "WarmupLR"):

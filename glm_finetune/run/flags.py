@@ -15,12 +15,18 @@ class OutputFlags(Flags):
     output_dir: str = flag("folder for checkpoints, logs and TensorBoard files", group="output and resuming")
     overwrite_output_dir: bool = flag("start although output_dir holds results; they are deleted", False)
     resume: str | None = flag("auto (newest whole checkpoint in output_dir, if any) or a folder epoch-E-step-S", None)
-    force: bool = flag("with --resume: go on although data, tokenizer, base or lengths differ", False)
+    force: bool = flag("with --resume: although data, tokenizer, base or lengths differ; --init_from: the base", False)
     show_loss_step: int = flag("optimizer steps between two log lines", 10, POSITIVE)
     save_model_step: int | None = flag(
         "also save every so many optimizer steps, not only after each epoch", None, POSITIVE
     )
     save_total_limit: int | None = flag("keep this many of the newest checkpoints, and the best", None, POSITIVE)
+    save_state: str = flag(
+        "which checkpoints have the optimizer state that --resume goes on from, 12 bytes a parameter that learns: all, "
+        "last (the newest only) or no",
+        "all",
+        ("no", "last", "all"),
+    )
     async_save: bool = flag("write checkpoints in the background; takes a copy of what is saved in host memory", False)
     verbose: bool = flag("show all flags and the DeepSpeed configuration at the start", False)
     logging_dir: str | None = flag("folder for TensorBoard; default: output_dir/runs", None)
@@ -92,6 +98,10 @@ class MemoryFlags(Flags):
         super().__post_init__(given)
         name = self.deepspeed_config or self.ds_file
         if self.ds_file not in (DEFAULT_DS_FILE, name):
-            both = f"--ds_file {self.ds_file} and --deepspeed_config {name}"
-            raise UserError(f"{both} are two names of one flag: give one of them.")
+            raise _two_names(self.ds_file, name)
         self.ds_file = name
+
+
+def _two_names(first, second):
+    both = f"--ds_file {first} and --deepspeed_config {second}"
+    return UserError(f"{both} are two names of one flag: give one of them.")

@@ -15,8 +15,8 @@ from glm_finetune.errors import UserError, raise_together, unknown_choice
 from glm_finetune.models.original import DTYPES
 from glm_finetune.modes import MODE
 from glm_finetune.objectives import OBJECTIVE
-from glm_finetune.run import folder
-from glm_finetune.run.ds_config import precision_of, read_ds_file, resolve, stage_of
+from glm_finetune.run import folder, origin
+from glm_finetune.run.ds_config import OWNED, not_used, precision_of, read_ds_file, resolve, stage_of
 from glm_finetune.run.engine import Partitioned
 from glm_finetune.tuning import TRAIN_TYPE
 from glm_finetune.tuning.quantize import Quantized
@@ -38,13 +38,16 @@ def with_defaults(config, train_type):
 
 def output_folder(config, begins):
     """Arguments of `folder.lock`. begins: whether the run begins anew there; else nothing in it goes."""
-    inputs = (config.model_name_or_path, *paths_of(config.train_path, config.eval_path)) if begins else ()
+    paths = paths_of(config.train_path, config.eval_path)
+    inputs = (config.model_name_or_path, config.init_from, *paths) if begins else ()
     return config.output_dir, config.overwrite_output_dir or config.resume == "auto" or not begins, inputs
 
 
 def settle(config):
     """{name: part} of what follows from flags and machine alone."""
     mode, train_type = choose(config)
+    if config.init_from or "mode" not in config.given:
+        config = origin.settle(config, mode, train_type)
     config = with_defaults(config, train_type)
     folder.check_output_dir(*output_folder(config, not config.resume))
     dist.launch_environment()
@@ -55,6 +58,8 @@ def settle(config):
         keep_alive()
     precision, why = dist.choose_precision(config.precision or precision_of(ds_json), device, is_large)
     ds_config = resolve(ds_json, config, world_size, precision, device.type, train_type.fp32)
+    if ds_json.keys() & OWNED and (numbers := not_used(ds_json, ds_config)):
+        dist.print_main(f"--ds_file {config.ds_file}: not used, the flags say these: {', '.join(numbers)}")
     chosen = dict(config=config, mode=mode, objective=OBJECTIVE[config.objective], train_type=train_type)
     return dict(chosen, device=device, precision=precision, why=why, ds_config=ds_config)
 

@@ -16,7 +16,7 @@ from glm_finetune.data.report import write_bad_rows
 from glm_finetune.data.sampler import Progress
 from glm_finetune.errors import StandsStill, raise_together
 from glm_finetune.record import fingerprint, train_record
-from glm_finetune.run import engine, folder, resume, state
+from glm_finetune.run import engine, folder, origin, resume, state
 from glm_finetune.run.checkpoint import Saver
 from glm_finetune.run.flags import long_warmup
 from glm_finetune.run.guard import Guard
@@ -70,8 +70,8 @@ class Run(SimpleNamespace):
     def close(self):
         """Save if it was asked to stop, then end its parts in order. All ranks must call."""
         if self.exit_code:
-            asked = f"asked to stop after step {self.progress.step}"
-            self.save(said=asked + ": saved {}; --resume auto goes on from there")
+            goes_on = resume.NEVER if self.config.save_state == "no" else "--resume auto goes on from there"
+            self.save(said=f"asked to stop after step {self.progress.step}: saved {{}}; {goes_on}")
         self.saver.wait()
         self.tracker.close()
         engine.finish(self.engine)
@@ -88,7 +88,7 @@ def assemble(known):
     if dist.world_size() > 1:
         exits.share_words()
     engine.check(known["ds_config"])
-    record = train_record(config, known["train_type"], tokenizer, dist.world_size())
+    record = train_record(config, known["train_type"], tokenizer, dist.world_size(), data["rows"].report.formats)
     with ExitStack() as refused:  # a run that does not begin leaves the folder as it was
         if hold := dist.on_main(folder.lock, *output_folder(config, not config.resume)):
             refused.callback(hold.give_back)
@@ -96,12 +96,16 @@ def assemble(known):
         progress, best = state.progress_in(resumed_from) if resumed_from else (Progress(), None)
         total_steps = config.max_steps or data["sampler"].total_steps(progress, config.num_train_epochs)
         if resumed_from and progress.step >= total_steps:
-            return _say_done(resumed_from, total_steps)
+            return resume.say_done(resumed_from, total_steps, record)
         raise_together(long_warmup(config.warmup_steps, total_steps))
+        if begins_there := config.init_from and not resumed_from:
+            dist.on_main(origin.check_base, config, tokenizer)
         ds_engine = load_engine(**known)
         if resumed_from:
             nothing = to_device(data["collate"]([without_targets(data["rows"][0])]), device)
             state.restore(ds_engine, resumed_from, nothing, config.seed, device)
+        if begins_there:
+            origin.fill(ds_engine, config.init_from)
         refused.pop_all()
     if not resumed_from:
         dist.seed_all(config.seed + dist.rank())  # dropout differs between ranks
@@ -113,10 +117,6 @@ def assemble(known):
     record |= fingerprint(config.model_name_or_path) if dist.is_main() else {}
     run.saver = Saver(ds_engine, tokenizer, run.train_type, config, record, best)
     return run
-
-
-def _say_done(resumed_from, total_steps):
-    dist.print_main(f"{resumed_from}: all {total_steps} steps are done, this run is complete. Nothing was changed.")
 
 
 def load_engine(config, mode, objective, train_type, ds_config, precision, device, why):

@@ -109,7 +109,7 @@ def restore(engine, folder, batch, seed, device):
     learn, total = learning(engine.module), num_bytes(engine.module)[0]
     for name, parameter in counted(learn, "restore", total, lambda pair: weights.full_bytes(pair[1])):
         keys = [f"{key}.{name}" for key in ("master", *MOMENTS)]  # of one parameter at a time: each rank reads them
-        _set(parameter, *(tensors[key]().to(device) for key in keys))
+        set_weight(parameter, *(tensors[key]().to(device) for key in keys))
     for state in engine.basic_optimizer.state.values():
         if "step" in state:
             state["step"].fill_(record["updates"])
@@ -124,8 +124,10 @@ def progress_in(folder):
     return Progress(record["step"], record["epoch"], record["rows"]), record.get("best")
 
 
-def _set(parameter, master, *moments):
-    """Give a parameter its master and moments, and the weight computed with, which is the master rounded."""
+def set_weight(parameter, master, *moments):
+    """Give a parameter its master (fp32, whole, on its device) and moments, and the weight computed with, which is the
+    master rounded. All ranks must call.
+    """
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     with torch.no_grad(), whole(parameter, modifier_rank=0):

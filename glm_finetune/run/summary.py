@@ -18,9 +18,8 @@ def start_lines(run):
     config, rows, sampler, train_type = run.config, run.rows, run.sampler, run.train_type
     card = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
     micro, accumulate = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    flags = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
-    changed = {item.name for item in dataclasses.fields(config) if flags[item.name] != item.default}
-    shown = (f"{name} {value}" for name, value in flags.items() if config.verbose or name in changed)
+    flags = [(item.name, getattr(config, item.name), item.default) for item in dataclasses.fields(config)]
+    shown = (f"{name} {value}" for name, value, default in flags if config.verbose or value != default)
     lines = [
         f"flags       {', '.join(shown)}",
         *[f"deepspeed   {json.dumps(run.ds_config)}"] * config.verbose,
@@ -33,18 +32,17 @@ def start_lines(run):
     if run.eval_rows is not None:
         lines.append(f"evaluation  {config.eval_path}: {run.eval_rows.report}")
     warmup = num_warmup_steps(config.warmup_ratio, config.warmup_steps, run.total_steps)
-    if "learning_rate" not in config.given:
-        lines.append(f"default     learning_rate {config.learning_rate}, the recipe of {train_type.name}")
-    if unused := unused_flags(train_type, config.given):
-        lines.append(f"note        no effect with --train_type {train_type.name}: {', '.join(unused)}")
+    unused = unused_flags(train_type, config.given)
     lines += [
+        *[f"default     learning_rate {config.learning_rate}, the recipe of {train_type.name}"]
+        * ("learning_rate" not in config.given),
+        *[f"note        no effect with --train_type {train_type.name}: {', '.join(unused)}"] * bool(unused),
         f"steps       {micro} samples x {accumulate} micro-batches x "
         f"{sampler.world_size} ranks = {sampler.rows_per_step} samples a step; {len(rows):,} samples = "
         f"{sampler.steps_per_epoch:,} steps an epoch; {run.total_steps:,} steps in all, {warmup:,} of warm-up",
         f"sample      targets between ⟦ and ⟧:\n{describe_sample(rows[0], run.tokenizer)}",
+        *[f"resumed from {run.resumed_from}: {run.progress}"] * bool(run.resumed_from),
     ]
-    if run.resumed_from:
-        lines.append(f"resumed from {run.resumed_from}: {run.progress}")
     return "\n".join(lines)
 
 

@@ -86,6 +86,19 @@ def is_prefix_folder(folder):
     return all(name.startswith((PREFIX, PROMPT)) for name in open_tensors(folder))
 
 
+def prefix_sizes(folder):
+    """{flag: value} of what shapes the prefix in `folder`. The encoder of a version 1 prompt is not kept: what it gave
+    is trained further without one. Raises UserError for a folder that holds no prefix.
+    """
+    tensors = open_tensors(folder)
+    name = next((part + "embedding.weight" for part in (PROMPT, PREFIX) if part + "embedding.weight" in tensors), None)
+    if name is None:
+        raise UserError(f"{Path(folder)}: holds no embedding of a prefix; the file is damaged, copy it again.")
+    has_encoder = any(name.startswith(PREFIX + "trans.") for name in tensors)
+    version = 1 if name.startswith(PROMPT) else 2
+    return {"ptuning_version": version, "pre_seq_len": len(tensors[name]()), "prefix_projection": has_encoder}
+
+
 def load_prefix(model, folder):
     """Put the prefix in `folder` on `model`. Raises UserError when names or shapes do not fit the base."""
     tensors = {name: tensor for name, tensor in iter_tensors(folder) if name.startswith((PREFIX, PROMPT))}
