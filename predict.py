@@ -105,7 +105,10 @@ def answer_batch(model, tokenizer, folder, config, conversations, on_text=None):
     rows = generate(model, tokenizer, folder.mode, prompts, lengths, on_token, **sampling_of(config))
     if on_text:
         on_text(reply.finish())
-    return [text_of(ids, folder, tokenizer) for ids in rows], sum(one.is_cut for one in rendered)
+        texts = [reply.text]
+    else:
+        texts = [text_of(ids, folder, tokenizer) for ids in rows]
+    return texts, sum(one.is_cut for one in rendered)
 
 
 def answer_file(model, tokenizer, folder, config, rows, path, done):

@@ -311,3 +311,21 @@ def test_a_finished_run_with_other_data_is_not_complete_in_silence(force, checkp
         train("glm3", "lora", checkpoints["glm3"], other, tmp_path / "out", resume="auto", **force)
     printed = train("glm3", "lora", checkpoints["glm3"], data, tmp_path / "out", resume="auto")[2]
     assert "this run is complete. Nothing was changed." in printed
+
+
+def test_it_is_asked_as_it_was_trained_and_is_never_written_into(checkpoints, tmp_path, capsys):
+    folder = make_checkpoint("glm3", tmp_path / "epoch-1-step-2")
+    record = {"mode": "glm3", "template": "raw", "prompt_text": "抽取：", "input_separator": None}
+    write_json(record, folder / "train_config.json")
+
+    def settled(*flags):
+        base = ["--model_name_or_path", str(checkpoints["glm3"]), "--mode", "glm3", "--init_from", str(folder)]
+        config = parse(TrainConfig, [*NEEDED, *base, "--train_type", "all", *flags])
+        return settle(config, *choose(config))
+
+    assert (settled().template, settled().prompt_text) == ("raw", None)
+    assert "--prompt_text '抽取：'; give it where the new data need it" in capsys.readouterr().out
+    assert settled("--template", "official", "--prompt_text", "x").template == "official"
+    assert "--prompt_text" not in capsys.readouterr().out
+    for inside in (folder, folder / "out"):
+        refused(lambda output=inside: settled("--output_dir", str(output)), "lies in --init_from")

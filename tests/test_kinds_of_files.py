@@ -84,6 +84,28 @@ def spreadsheet(path, rows, change=None):
     return path
 
 
+@pytest.mark.parametrize("empty", [0, 1])
+def test_the_sheet_that_holds_something_is_read_and_several_are_refused(empty, tmp_path):
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    sheets = [book.active, book.create_sheet("second")]
+    for cells in CELLS[:2]:
+        sheets[1 - empty].append(cells)
+    book.save(tmp_path / "a.xlsx")
+    assert rows_in(tmp_path / "a.xlsx") == [{"question": CELLS[1][0], "answer": CELLS[1][1] or ""}]
+    sheets[empty].append(["a note"])
+    book.save(tmp_path / "a.xlsx")
+    refused(lambda: rows_in(tmp_path / "a.xlsx"), "2 sheets hold something", "'Sheet', 'second'")
+
+
+@pytest.mark.parametrize(
+    "name, header", [("a.csv", "question;answer"), ("a.csv", "question\tanswer"), ("a.tsv", "q,a")]
+)
+def test_a_table_with_another_delimiter_is_named(name, header, tmp_path):
+    path = write(tmp_path / name, f"{header}\nx;y\n".encode())
+    refused(lambda: rows_in(path), "one column", "separated by", "Save it")
+
+
 CELLS = [["question", "answer"], *([row["question"], row["answer"] or None] for row in ROWS)]
 
 

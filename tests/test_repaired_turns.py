@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 from glm_finetune import MODE
+from glm_finetune.answer.flags import PredictConfig
 from glm_finetune.data.dataset import InstructionDataset
 from glm_finetune.data.formats import detect
-from glm_finetune.data.samples import Settings
+from glm_finetune.data.samples import Settings, read_questions
 from glm_finetune.errors import UserError
+from glm_finetune.flags import parse
 
 CHECKPOINTS = Path(__file__).parent / "fixtures/oracle/checkpoints"
 
@@ -54,3 +56,12 @@ def test_repaired_rows_are_counted_and_an_answer_is_trained_only_if_all_of_it_is
     tokenizer = MODE["glm2"].tokenizer.from_pretrained(CHECKPOINTS / "glm2-a")
     report = InstructionDataset(path, Settings(MODE["glm2"].template, tokenizer, None, repair=True)).report
     assert (report.rows, report.kept, report.repaired, report.no_target) == (3, 2, 1, 1)
+
+
+def test_turns_are_repaired_in_prediction_too(tmp_path):
+    path = tmp_path / "a.jsonl"
+    talk = [{"role": role, "content": text} for role, text in (("Bot", "hello"), ("client", "q"), ("client", "r"))]
+    path.write_text(json.dumps({"messages": talk}))
+    flags = ["--test_path", str(path), "--repair_turns", "--roles", "client=user,bot=assistant"]
+    [(_, _, messages, _)] = read_questions(parse(PredictConfig, flags))
+    assert [message["content"] for message in messages] == ["q\nr"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from glm_finetune import MODE
+from glm_finetune.data.dataset import InstructionDataset
 from glm_finetune.data.flags import ReportConfig
 from glm_finetune.data.near import LEAST, NearIndex, runs_of
 from glm_finetune.data.samples import settings_of
@@ -129,3 +130,16 @@ def test_every_shipped_file_is_surveyed(path, mode):
     found = survey(config.train_path, settings_of(config, MODE[mode], tokenizer))
     assert found.samples.total() or mode != "glm3"
     assert found.lines()[0].startswith(f"{path}: format ") and found.surprises.keys() <= SURPRISES.keys()
+
+
+@every_mode
+def test_what_is_said_to_be_cut_is_what_training_cuts(look, mode, tmp_path):
+    rows = [row("水" * (i % 7), "温" * i) for i in range(80)]
+    tokenizer = MODE[mode].tokenizer.from_pretrained(CHECKPOINTS / f"{mode}-a")
+    for max_len in range(70, 90):
+        found = counts(look(rows, mode, max_len=max_len, max_src_len=40))
+        needed = ["--train_path", "x", "--model_name_or_path", "x", "--max_len", str(max_len), "--max_src_len", "40"]
+        settings = settings_of(parse(ReportConfig, needed), MODE[mode], tokenizer)
+        report = InstructionDataset(tmp_path / "a.jsonl", settings).report
+        assert found.get("sample cut", 0) == report.answer_cut > 0
+        assert found.get("question cut", 0) == report.question_cut

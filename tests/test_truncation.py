@@ -196,6 +196,17 @@ def test_a_long_question_leaves_the_system_message_its_half(mode, tokenizer, tru
     assert 20 < text.count("水") < 100 and text.count("要简短") > 3
 
 
+@every_mode
+@every_truncation
+def test_however_little_room_there_is_some_of_the_question_stays(mode, tokenizer, truncation):
+    system = {"role": "system", "content": "abcdef " * 60}
+    for max_src_len in (24, 30, 40):
+        cut = render(
+            mode, tokenizer, [system, *turn("水" * 40, "好")], max_src_len + 20, max_src_len, truncation, False
+        )
+        assert "水水" in tokenizer.decode(cut.input_ids) and len(cut.input_ids) <= max_src_len + 20
+
+
 def talk_of(question):
     return [{"role": "user", "content": question}]
 

@@ -102,11 +102,17 @@ class Fitting:
 
     def _head(self, alone):
         """Tokens before the text of a turn alone: those it has in common with an empty one."""
-        empty = self.template.draft(self.tokenizer, [{**alone.messages[0], "content": ""}], self.style, [])
-        full, bare = (np.concatenate(self.encode(one.parts)) for one in (alone, empty))
-        num_fixed = len(full) - num_tokens(alone, self.encode(alone.parts))[0] if alone.kinds[0] != QUESTION else 0
+        full, bare = (self._question_ids(one) for one in (alone, self._emptied(alone)))
         differ = np.flatnonzero(full[: len(bare)] != bare[: len(full)])
-        return (int(differ[0]) if len(differ) else len(bare)) - num_fixed
+        return int(differ[0]) if len(differ) else len(bare)
+
+    def _question_ids(self, draft):
+        parts = zip(draft.kinds, self.encode(draft.parts))
+        return np.concatenate([ids for kind, ids in parts if kind == QUESTION])
+
+    def _emptied(self, alone):
+        """The draft of a turn alone, without its text."""
+        return self.template.draft(self.tokenizer, [{**alone.messages[0], "content": ""}], self.style, [])
 
     def _make(self, messages, trained):
         """Sized of the newest rounds of a conversation, whose number of messages says which they are."""
@@ -187,9 +193,12 @@ class Fitting:
         return cut._replace(question_cut=cut.question_cut or "user" in changed, history_cut=bool(changed - {"user"}))
 
     def _shorter_turn(self, one, excess, least):
-        """Tokens of the turn before the last answer or the answer to come without `excess`, or `least` of them."""
+        """Tokens of the turn before the last answer or the answer to come without `excess`; `least` of them stay, and
+        half as many of its own text.
+        """
         *_, (_, alone) = self.template.turns(self.tokenizer, one.draft, self.style)
         length = min(num_tokens(alone, self.encode(alone.parts))[0], self.limits.max_src_len)
+        least = max(least, len(self._question_ids(self._emptied(alone))) + least // 2)
         return max(length - excess, min(length, least))
 
     def _shortened(self, message, excess, least):

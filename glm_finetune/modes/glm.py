@@ -83,7 +83,6 @@ GLM = Mode(
     clean=clean,
     clean_response=clean_response,
     finish_turn=partial(finish_pair, clean_response),
-    entries_per_turn=1,
     stop_token_ids=lambda tokenizer: [tokenizer.eos_token_id],
     lora_targets=("query_key_value",),
     released=("ChatGLM-6B",),

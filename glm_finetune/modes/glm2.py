@@ -63,7 +63,6 @@ GLM2 = Mode(
     clean=clean,
     clean_response=clean_response,
     finish_turn=partial(finish_pair, clean_response),
-    entries_per_turn=1,
     stop_token_ids=lambda tokenizer: [tokenizer.eos_token_id],
     lora_targets=("query_key_value",),
     released=("ChatGLM2-6B", "CodeGeeX2"),

@@ -126,7 +126,6 @@ GLM3 = Mode(
     clean=clean,
     clean_response=clean_response,
     finish_turn=finish_turn,
-    entries_per_turn=2,
     stop_token_ids=stop_token_ids,
     lora_targets=("query_key_value",),
     released=("ChatGLM3-6B",),

@@ -61,7 +61,6 @@ class Mode:
     clean: Callable
     clean_response: Callable
     finish_turn: Callable
-    entries_per_turn: int  # of a history: 1 pair, or 2 messages
     stop_token_ids: Callable
     lora_targets: tuple
     released: tuple  # its models, in words

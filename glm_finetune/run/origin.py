@@ -63,11 +63,12 @@ def _with_folder(config, mode, train_type):
     if folder.resolve() in (output, *output.parents):
         raise UserError(f"--output_dir {config.output_dir} lies in --init_from {folder}. Choose another folder.")
     raise_together(_of_another(folder, kind, mode, train_type))
+    config = _asked_alike(config, folder)
     if kind == "weights":
         instead = f"read instead of --model_name_or_path {config.model_name_or_path}"
         print_main(f"--init_from {folder}: a whole model, {instead}; optimizer and schedule are new")
         return replace(config, model_name_or_path=str(folder), given=config.given)
-    there = (adapter_sizes(folder) if kind == "adapter" else prefix_sizes(folder)) | _prompt_of(folder)
+    there = adapter_sizes(folder) if kind == "adapter" else prefix_sizes(folder)
     raise_together(_contradictions(folder, there, config))
     kept = {name: getattr(config, name) for name in config.given & there.keys()}
     shown = ", ".join(f"{name} {value}" for name, value in there.items() if value is not None)
@@ -75,11 +76,19 @@ def _with_folder(config, mode, train_type):
     return replace(config, **{**there, **kept}, given=config.given)
 
 
-def _prompt_of(folder):
-    """{flag: value} of the prompt that a folder was trained with; that of plain texts is none of training."""
+def _asked_alike(config, folder):
+    """The config with the template that a folder was trained with, unless one is given; its texts are said, since
+    other data may have no use for them.
+    """
     record = read_record(folder)
     known = {name: record[name] for name in Prompt.__dataclass_fields__ if record.get(name) is not None}
-    return {name: value for name, value in known.items() if value != "text"}
+    changed = {name: value for name, value in known.items() if name not in config.given and value != "text"}
+    template = changed.pop("template", config.template)
+    for name, value in changed.items():
+        print_main(f"--init_from {folder}: was trained with --{name} {value!r}; give it where the new data need it")
+    if template != config.template:
+        print_main(f"--init_from {folder}: --template {template}, as it was trained")
+    return replace(config, template=template, given=config.given)
 
 
 def _of_another(folder, kind, mode, train_type):
