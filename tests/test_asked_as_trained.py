@@ -15,14 +15,16 @@ import predict
 from glm_finetune import MODE
 from glm_finetune.answer import chat
 from glm_finetune.answer.flags import PredictConfig
+from glm_finetune.config import TrainConfig
 from glm_finetune.data.dataset import InstructionDataset
 from glm_finetune.data.flags import TEMPLATES, unescaped
-from glm_finetune.data.samples import Settings, read_questions
+from glm_finetune.data.samples import Settings, prepare_row, read_questions, settings_of
 from glm_finetune.errors import UserError
 from glm_finetune.flags import parse
 from glm_finetune.modes.spec import Limits
 from glm_finetune.record import Prompt
 from tests.refusal import refused
+from tests.test_bad_input import NEEDED
 
 SHORT = Limits(60, 20)
 CHECKPOINTS = Path(__file__).parent / "fixtures/oracle/checkpoints"
@@ -112,6 +114,16 @@ def test_the_separator_of_the_training_is_asked_with_whatever_the_way(
     for (_, [message]), row in zip(asked, rows):
         assert folder.prompt.question(row["instruction"], row["input"]) == message["content"]
     assert asked[0][1][0]["content"] == f"0翻译{between}We use" and asked[1][1][0]["content"] == "1翻译"
+
+
+def test_flags_of_the_data_arrive_in_the_samples():
+    tokenizer = MODE["glm3"].tokenizer.from_pretrained(CHECKPOINTS / "glm3-a")
+    flags = ["--roles", "client=user", "--repair_turns", "--input_separator", r"\n", "--template", "raw"]
+    config = parse(TrainConfig, [*NEEDED, *flags, "--data_format", "instruction"])
+    settings = settings_of(config, MODE["glm3"], tokenizer)
+    assert (settings.roles, settings.repair, settings.style) == ({"client": "user"}, True, "raw")
+    (sample,) = prepare_row("a", {"instruction": "译", "input": "水", "output": "w"}, settings)
+    assert tokenizer.decode(sample.input_ids).startswith("[gMASK]sop 译\n水")
 
 
 def test_a_separator_for_one_text_is_refused(tmp_path):

@@ -6,7 +6,6 @@ import pickle
 import re
 import sys
 import tracemalloc
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -323,12 +322,6 @@ def test_settings_are_those_of_the_flags_and_travel_to_other_processes(checkpoin
     row = {"question": "水温高", "reply": "换节温器"}
     rows = [prepare_row("a", row, known)[0].row for known in (pickle.loads(pickle.dumps(settings)), settings)]
     assert rows[0] == rows[1]
-    more = ["--roles", "client=user", "--repair_turns", "--input_separator", r"\n", "--template", "raw"]
-    settings = settings_of(parse(TrainConfig, [*arguments, *more]), MODE["glm3"], tokenizer)
-    assert (settings.roles, settings.repair, settings.style) == ({"client": "user"}, True, "raw")
-    row = {"instruction": "译", "input": "水", "output": "w"}
-    sample = prepare_row("a", row, replace(settings, columns={}, data_format="instruction"))[0]
-    assert tokenizer.decode(sample.input_ids).startswith("[gMASK]sop 译\n水")
     config = parse(TrainConfig, [*arguments, "--data_format", "question_anser"])
     refused(lambda: settings_of(config, MODE["glm3"], tokenizer), "--data_format", "Did you mean question_answer?")
 
