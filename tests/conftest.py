@@ -81,7 +81,7 @@ def pytest_runtest_call(item):
     messages = [refusal.normalised(message, *folders) for message in refusal.heard]
     if not item.config.getoption("--record-refusals"):
         refusal.assert_worded_as_recorded(item.nodeid, messages)
-    elif messages:
+    elif messages or item.nodeid in refusal.recorded():
         refusal.record({item.nodeid: messages})
         refusal.recorded.cache_clear()
     return result

@@ -28,8 +28,9 @@ def recorded():
 
 
 def record(met):
-    """Write {test: refusals} over what was recorded of these tests."""
-    RECORD.write_text(json.dumps(dict(sorted({**recorded(), **met}.items())), indent=0, ensure_ascii=False) + "\n")
+    """Write {test: refusals} over what was recorded of these tests; one that met none is no longer recorded."""
+    kept = {test: refusals for test, refusals in sorted({**recorded(), **met}.items()) if refusals}
+    RECORD.write_text(json.dumps(kept, indent=0, ensure_ascii=False) + "\n")
 
 
 def normalised(text, session_folder, test_folder=None):
