@@ -47,8 +47,8 @@ MUTATIONS = (
     ),
     Mutation(
         "--max_grad_norm unheard",
-        "(micro, accumulate, config.max_grad_norm, micro",
-        "(micro, accumulate, 1.0, micro",
+        '"gradient_clipping": config.max_grad_norm,',
+        '"gradient_clipping": 1.0,',
         f"{PLAIN}[lora, clipped]",
     ),
     Mutation("another second beta", '"betas": [0.9, 0.95],', '"betas": [0.9, 0.999],', f"{PLAIN}[lora, not clipped]"),

@@ -84,7 +84,7 @@ class Report:
             elif learns:
                 kept.append(one)
         self.no_target += not has_target
-        self.repaired += bool(rendered) and rendered[0].draft.messages[-1].get("repaired", False)
+        self.repaired += bool(rendered) and "repaired" in rendered[0].draft.messages[-1]
         return kept
 
     def count(self, columns):

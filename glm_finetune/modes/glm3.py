@@ -39,7 +39,7 @@ def draft(tokenizer, messages, style, trained):
         is_target += [follows_answer or (learns and style == "train"), learns, learns]
         follows_answer = learns
     parts.append((_end(tokenizer, messages, num_messages) if trained else tokenizer.get_command("<|assistant|>"),))
-    asks = tuple(3 * i for i in trained or [num_messages])  # the content of the message before
+    asks = [3 * i for i in trained or [num_messages]]  # the content of the message before
     return Draft(messages, trained, parts, [*kinds, FIXED], [*is_target, bool(trained)], asks=asks)
 
 
